@@ -1,0 +1,674 @@
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
+from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.sac.sac import SAC
+
+from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority
+from sb3_off2on.cql import calql_lower_bound, cql_gap, draw_softmax_actions, uniform_log_density
+from sb3_off2on.density_ratio import DensityRatio, density_ratio_loss, density_ratio_priority
+from sb3_off2on.offline import OfflineToOnline, check_action_space
+from sb3_off2on.policies import (
+    EnsembleActor,
+    EnsembleCnnPolicy,
+    EnsembleCQLPolicy,
+    EnsembleCritic,
+    EnsembleMultiInputPolicy,
+)
+
+SelfOff2OnSAC = TypeVar("SelfOff2OnSAC", bound="Off2OnSAC")
+
+
+class Off2OnSAC(OfflineToOnline, SAC):
+    """
+    Offline-to-Online RL via Balanced Replay and Pessimistic Q-Ensemble (Lee et al., CoRL 2021), on top of SAC:
+    N independent CQL agents learn from a dataset, then act and learn as one ensemble agent in the environment, from a replay
+    that prefers online samples and those of the dataset that look like them.
+
+    Paper: https://proceedings.mlr.press/v164/lee22d.html
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy); ``ensemble_size`` is one of its arguments
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of the actor and the entropy coefficient in the online phase
+    :param buffer_size: size of the online part of the replay buffer
+    :param learning_starts: how many steps to collect before learning starts: played by the pretrained agents,
+        at random (as in SAC) where nothing was pretrained
+    :param batch_size: see SAC; also that of the density ratio's offline and online batch
+    :param tau: see SAC
+    :param gamma: see SAC
+    :param train_freq: see SAC
+    :param gradient_steps: see SAC
+    :param action_noise: see SAC
+    :param replay_buffer_class: ``BalancedReplayBuffer`` or a class derived from it
+    :param replay_buffer_kwargs: e.g. ``dict(scheme="uniform")``: ``balanced`` (the paper's), ``uniform``, ``online``,
+        ``offline`` or ``symmetric`` (half and half)
+    :param optimize_memory_usage: not supported, see ``BalancedReplayBuffer``
+    :param n_steps: not supported, must be 1
+    :param ent_coef: see SAC; each member has one of its own in the offline phase, and it restarts for the online phase
+    :param target_update_interval: see SAC
+    :param target_entropy: see SAC
+    :param use_sde: not supported
+    :param sde_sample_freq: not supported
+    :param use_sde_at_warmup: not supported
+    :param stats_window_size: see SAC
+    :param tensorboard_log: see SAC
+    :param policy_kwargs: those of SAC, ``ensemble_size`` (default 5) and ``critic_layer_norm``, see ``EnsembleCQLPolicy``
+    :param verbose: see SAC
+    :param seed: see SAC
+    :param device: see SAC
+    :param _init_setup_model: see SAC
+    :param qf_learning_rate: learning rate of the critics in the online phase, ``learning_rate`` if ``None``
+    :param dataset: whatever ``load_dataset`` takes; also possible later with ``set_dataset()`` or ``learn_offline()``
+    :param offline_gradient_steps: updates of the offline phase that ``learn()`` does first, once. With 0, a dataset only
+        serves the replay, unless ``learn_offline()`` is called
+    :param offline_learning_rate: learning rate of the actors and entropy coefficients in the offline phase
+    :param offline_qf_learning_rate: learning rate of the critics in the offline phase
+    :param offline_batch_size: rows per member and update in the offline phase
+    :param cql_alpha: weight of CQL's conservative term beside the squared TD error (not halved), offline phase
+    :param cql_n_actions: sampled actions per state, for each of: uniform, policy at s, policy at s'
+    :param cql_temp: temperature of the log-sum-exp
+    :param cql_target_action_gap: target of CQL's Lagrange form, which then multiplies ``cql_alpha`` with a learned factor
+        for each member; ``None`` for the fixed weight
+    :param cql_sampled_gradient: take the gradient of the log-sum-exp at one action drawn from its softmax (unbiased, several
+        times cheaper) instead of at all sampled actions
+    :param cql_alpha_online: weight of the conservative term in the online phase; 0 in the paper, above 0 for CQL-ft
+    :param calql: bound the policy's Q-values in the conservative term by the dataset's Monte-Carlo returns (Cal-QL)
+    :param target_q: ``"member"``: each member regresses to its own target (the authors' code), ``"mean"``: to the mean of
+        all (Eq. 5 taken literally); online phase
+    :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
+    :param initial_online_fraction: rho, the probability that a draw of the first update is an online sample
+    :param priority_temperature: T of Eq. 6
+    :param density_ratio_kwargs: arguments of ``DensityRatio`` (``net_arch``, ``activation_fn``, ``learning_rate``), and
+        ``reference``: ``"offline"`` for d_on/d_off, ``"union"`` for the d_on/d_(off and on) of section E.1
+    :raises ValueError: if an argument is out of its range or not supported
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": EnsembleCQLPolicy,
+        "EnsembleCQLPolicy": EnsembleCQLPolicy,
+        "CnnPolicy": EnsembleCnnPolicy,
+        "MultiInputPolicy": EnsembleMultiInputPolicy,
+    }
+    policy: EnsembleCQLPolicy
+    actor: EnsembleActor
+    critic: EnsembleCritic  # type: ignore[assignment]
+    critic_target: EnsembleCritic  # type: ignore[assignment]
+    _dataset_params: ClassVar[list[str]] = ["dataset", "mc_returns"]
+
+    def __init__(
+        self,
+        policy: str | type[SACPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 1000,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1000,
+        gradient_steps: int = -1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        qf_learning_rate: float | Schedule | None = None,
+        dataset: Any = None,
+        offline_gradient_steps: int = 0,
+        offline_learning_rate: float | Schedule = 1e-4,
+        offline_qf_learning_rate: float | Schedule = 3e-4,
+        offline_batch_size: int = 256,
+        cql_alpha: float = 5.0,
+        cql_n_actions: int = 10,
+        cql_temp: float = 1.0,
+        cql_target_action_gap: float | None = None,
+        cql_sampled_gradient: bool = True,
+        cql_alpha_online: float = 0.0,
+        calql: bool = False,
+        target_q: str = "member",
+        first_update_multiplier: int = 5,
+        initial_online_fraction: float = 0.75,
+        priority_temperature: float = 5.0,
+        density_ratio_kwargs: dict[str, Any] | None = None,
+    ):
+        replay_buffer_class = BalancedReplayBuffer if replay_buffer_class is None else replay_buffer_class
+        if not issubclass(replay_buffer_class, BalancedReplayBuffer):
+            raise ValueError(
+                f"`replay_buffer_class={replay_buffer_class.__name__}` cannot hold an offline part: "
+                "use BalancedReplayBuffer or a class derived from it"
+            )
+        if n_steps != 1:
+            raise ValueError(
+                f"`n_steps={n_steps}` is not supported: the priorities of the balanced replay belong to single transitions"
+            )
+        if use_sde or use_sde_at_warmup or sde_sample_freq != -1:
+            raise ValueError("gSDE (`use_sde`, `sde_sample_freq`, `use_sde_at_warmup`) is not supported, see EnsembleCQLPolicy")
+        super().__init__(
+            policy,
+            check_action_space(env),  # type: ignore[arg-type]
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            ent_coef=ent_coef,
+            target_update_interval=target_update_interval,
+            target_entropy=target_entropy,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.qf_learning_rate = qf_learning_rate
+        self.offline_gradient_steps = offline_gradient_steps
+        self.offline_learning_rate = offline_learning_rate
+        self.offline_qf_learning_rate = offline_qf_learning_rate
+        self.offline_batch_size = offline_batch_size
+        self.cql_alpha = cql_alpha
+        self.cql_n_actions = cql_n_actions
+        self.cql_temp = cql_temp
+        self.cql_target_action_gap = cql_target_action_gap
+        self.cql_sampled_gradient = cql_sampled_gradient
+        self.cql_alpha_online = cql_alpha_online
+        self.calql = calql
+        self.target_q = target_q
+        self.first_update_multiplier = first_update_multiplier
+        self.initial_online_fraction = initial_online_fraction
+        self.priority_temperature = priority_temperature
+        self.density_ratio_kwargs = density_ratio_kwargs or {}
+        self.density_ratio: DensityRatio | None = None
+        self.mc_returns: np.ndarray | None = None
+        self._check_arguments()
+
+        if _init_setup_model:
+            self._setup_model()
+            if dataset is not None:
+                self.set_dataset(dataset)
+
+    def _check_arguments(self) -> None:
+        at_least = {
+            "offline_gradient_steps": 0,
+            "offline_batch_size": 1,
+            "cql_alpha": 0,
+            "cql_n_actions": 1,
+            "cql_alpha_online": 0,
+            "first_update_multiplier": 1,
+        }
+        for name, minimum in at_least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
+        for name in ("cql_temp", "priority_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.initial_online_fraction < 1:
+            raise ValueError(f"`initial_online_fraction` (rho) must be in [0, 1), got {self.initial_online_fraction}")
+        if self.target_q not in ("member", "mean"):
+            raise ValueError(f"`target_q` must be 'member' or 'mean', got {self.target_q!r}")
+        if self.density_ratio_kwargs.get("reference", "offline") not in ("offline", "union"):
+            raise ValueError(
+                f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {self.density_ratio_kwargs['reference']!r}"
+            )
+        if self.calql and self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward:
+            raise ValueError("`calql=True` compares Q-values with the dataset's returns: use `VecNormalize(norm_reward=False)`")
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        qf_learning_rate = self.learning_rate if self.qf_learning_rate is None else self.qf_learning_rate
+        self.qf_lr_schedule = FloatSchedule(qf_learning_rate)
+        self.offline_lr_schedule = FloatSchedule(self.offline_learning_rate)
+        self.offline_qf_lr_schedule = FloatSchedule(self.offline_qf_learning_rate)
+        # The offline phase has an entropy coefficient (as SAC's) and a Lagrange factor (as CQL's) for each member
+        self._initial_log_ent_coef = 0.0 if self.log_ent_coef is None else self.log_ent_coef.item()
+        self.offline_log_ent_coef = th.full((self.policy.ensemble_size,), self._initial_log_ent_coef, device=self.device)
+        self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef.requires_grad_()], lr=3e-4)
+        self.log_cql_lagrange = th.zeros(self.policy.ensemble_size, device=self.device)
+        self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange.requires_grad_()], lr=3e-4)
+        # A loaded model has no dataset yet, but its density ratio is about to be loaded
+        if self.dataset_info is not None:
+            self._setup_density_ratio()
+
+    def _setup_density_ratio(self) -> None:
+        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
+        if self.replay_buffer.scheme != "balanced":
+            return
+        kwargs = {name: value for name, value in self.density_ratio_kwargs.items() if name != "reference"}
+        self.density_ratio = DensityRatio(
+            self.observation_space,
+            self.action_space,  # type: ignore[arg-type]
+            self.policy.make_features_extractor(),
+            normalize_images=self.policy.normalize_images,
+            **kwargs,
+        ).to(self.device)
+
+    def set_dataset(self, dataset: Any) -> None:
+        super().set_dataset(dataset)
+        assert self.dataset is not None
+        if self.density_ratio is None:
+            self._setup_density_ratio()
+        if self.calql:
+            self.mc_returns = self.dataset.monte_carlo_returns(self.gamma)
+
+    def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
+        """
+        Make an agent that was trained elsewhere a member of the ensemble, see ``EnsembleCQLPolicy.set_member``. The model
+        counts as pretrained: its actions are played from the first step on.
+
+        :param index: which member
+        :param member: state dicts of ``actor``, ``critic`` and, optionally, ``critic_target``
+        :raises ValueError: if there is no such member, or the parameters do not fit
+        """
+        self.policy.set_member(index, member)
+        self.pretrained, self._handed_over = True, False
+
+    # ------------------------------------------------------------------ offline phase (Algorithm 1)
+
+    def train_offline(self, gradient_steps: int, batch_size: int) -> None:
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
+        assert isinstance(self.target_entropy, float)
+        # Update learning rates according to the schedules of this phase
+        learning_rate = self.offline_lr_schedule(self._current_progress_remaining)
+        qf_learning_rate = self.offline_qf_lr_schedule(self._current_progress_remaining)
+        update_learning_rate(self.actor.optimizer, learning_rate)
+        update_learning_rate(self.offline_ent_coef_optimizer, learning_rate)
+        update_learning_rate(self.critic.optimizer, qf_learning_rate)
+        update_learning_rate(self.cql_lagrange_optimizer, qf_learning_rate)
+
+        ensemble_size = self.policy.ensemble_size
+        for _ in range(gradient_steps):
+            # Each member learns from a minibatch of its own: the first `batch_size` rows are member 0's
+            replay_data = self.replay_buffer.sample_offline(ensemble_size * batch_size, env=self._vec_normalize_env)
+            actions = replay_data.actions.view(ensemble_size, batch_size, -1)
+            rewards = replay_data.rewards.view(ensemble_size, 1, batch_size)
+            dones = replay_data.dones.view(ensemble_size, 1, batch_size)
+
+            # Action of each member's actor for its states: (ensemble_size, batch_size, action_dim)
+            dist_params = self.actor.member_action_dist_params(replay_data.observations, per_member=True)
+            actions_pi, log_prob = (x.squeeze(1) for x in self.actor.sample_from_params(*dist_params))
+
+            if self.ent_coef_optimizer is not None:
+                ent_coef = th.exp(self.offline_log_ent_coef.detach()).unsqueeze(1)  # (ensemble_size, 1)
+                entropy_gap = (log_prob + self.target_entropy).detach()
+                ent_coef_loss = -(self.offline_log_ent_coef.unsqueeze(1) * entropy_gap).mean(dim=1).sum()
+                self.offline_ent_coef_optimizer.zero_grad()
+                ent_coef_loss.backward()
+                self.offline_ent_coef_optimizer.step()
+            else:
+                ent_coef = self.ent_coef_tensor
+
+            with th.no_grad():
+                next_dist_params = self.actor.member_action_dist_params(replay_data.next_observations, per_member=True)
+                next_actions, _ = self.actor.sample_from_params(*next_dist_params)
+                next_q_values = self.critic_target.member_q_values(
+                    replay_data.next_observations, next_actions.squeeze(1), per_member=True
+                )
+                # Each member's own twin-min; CQL leaves the entropy out of the backup
+                next_q_values = next_q_values.min(dim=1, keepdim=True).values  # (ensemble_size, 1, batch_size)
+                target_q_values = rewards + (1 - dones) * self.gamma * next_q_values
+                cql_actions, cql_log_density = self._sample_cql_actions(dist_params, next_dist_params)
+                mc_returns = None
+                if self.mc_returns is not None:
+                    mc_returns = th.as_tensor(self.mc_returns[replay_data.indices], device=self.device)
+                    mc_returns = mc_returns.view(ensemble_size, batch_size)
+
+            # Current Q-values and CQL(H)'s gap: (ensemble_size, n_critics, batch_size) each
+            features = self.critic.extract_member_features(replay_data.observations, per_member=True)
+            current_q_values, gap, gap_loss = self._q_values_and_gap(
+                features, actions, cql_actions, cql_log_density, mc_returns
+            )
+            assert current_q_values.shape == gap.shape == gap_loss.shape
+            td_loss = (current_q_values - target_q_values).pow(2).mean(dim=2)  # (ensemble_size, n_critics)
+
+            cql_weight = th.full((ensemble_size,), self.cql_alpha, device=self.device)
+            if self.cql_target_action_gap is not None:
+                excess = gap.detach().mean(dim=(1, 2)) - self.cql_target_action_gap
+                cql_lagrange = th.exp(self.log_cql_lagrange).clamp(max=1e6)
+                cql_weight = cql_weight * cql_lagrange.detach()
+                lagrange_loss = -(self.cql_alpha * cql_lagrange * excess).sum()
+                self.cql_lagrange_optimizer.zero_grad()
+                lagrange_loss.backward()
+                self.cql_lagrange_optimizer.step()
+
+            # Sums over the members keep them independent: no gradient of one depends on another
+            critic_loss = (td_loss + cql_weight.unsqueeze(1) * gap_loss.mean(dim=2)).sum()
+            self.critic.optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic.optimizer.step()
+
+            # Min over each member's critics: (ensemble_size, batch_size)
+            q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi, per_member=True)
+            min_qf_pi = q_values_pi.min(dim=1).values
+            actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward(inputs=list(self.actor.parameters()))
+            self.actor.optimizer.step()
+
+            self._n_offline_updates += 1
+            if self._n_offline_updates % self.target_update_interval == 0:
+                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+            # Means over the members; the logger averages until the next dump
+            self.logger.record_mean("offline/critic_loss", td_loss.mean().item())
+            self.logger.record_mean("offline/cql_gap", gap.mean().item())
+            self.logger.record_mean("offline/q_data", current_q_values.mean().item())
+            self.logger.record_mean("offline/q_pi", min_qf_pi.mean().item())
+            self.logger.record_mean("offline/actor_loss", actor_loss.item() / ensemble_size)
+            self.logger.record_mean("offline/ent_coef", ent_coef.mean().item())
+            self.logger.record_mean("offline/entropy", -log_prob.mean().item())
+
+        self.logger.record("offline/learning_rate", learning_rate)
+        self.logger.record("offline/qf_learning_rate", qf_learning_rate)
+        if self.cql_target_action_gap is not None:
+            self.logger.record("offline/cql_weight", cql_weight.mean().item())
+
+    def _sample_cql_actions(
+        self, dist_params: tuple[th.Tensor, th.Tensor], next_dist_params: tuple[th.Tensor, th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The actions of CQL(H)'s importance sampling: uniform, of the policy at s and of the policy at s'.
+
+        :param dist_params: Gaussians at s, each ``(n_members, batch_size, action_dim)``
+        :param next_dist_params: Gaussians at s', same shapes
+        :return: actions ``(n_members, 3 * cql_n_actions, batch_size, action_dim)`` and their log-densities without the last axis
+        """
+        actions, log_prob = self.actor.sample_from_params(*dist_params, n_samples=self.cql_n_actions)
+        next_actions, next_log_prob = self.actor.sample_from_params(*next_dist_params, n_samples=self.cql_n_actions)
+        uniform_actions = th.empty_like(actions).uniform_(-1, 1)
+        uniform_log_prob = th.full_like(log_prob, uniform_log_density(actions.shape[-1]))
+        return th.cat([uniform_actions, actions, next_actions], 1), th.cat([uniform_log_prob, log_prob, next_log_prob], 1)
+
+    def _q_values_and_gap(
+        self,
+        features: th.Tensor,
+        actions: th.Tensor,
+        cql_actions: th.Tensor,
+        cql_log_density: th.Tensor,
+        mc_returns: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Q-values of the dataset's actions, the gap of CQL(H), and what stands for the gap in the loss: with the sampled
+        gradient its value is another, its gradient the same in expectation.
+
+        :param features: shape ``(ensemble_size, batch_size, features_dim)``
+        :param actions: shape ``(ensemble_size, batch_size, action_dim)``
+        :param cql_actions: shape ``(ensemble_size, n_actions, batch_size, action_dim)``
+        :param cql_log_density: shape ``(ensemble_size, n_actions, batch_size)``
+        :param mc_returns: Cal-QL's lower bound, shape ``(ensemble_size, batch_size)``
+        :return: three tensors of shape ``(ensemble_size, n_critics, batch_size)``
+        """
+        with th.set_grad_enabled(not self.cql_sampled_gradient):
+            q_sampled = q_bounded = self.critic.q_values_of_many(features, cql_actions)
+            if mc_returns is not None:
+                uniform, policy = q_sampled.tensor_split([self.cql_n_actions], dim=2)
+                q_bounded = th.cat([uniform, calql_lower_bound(policy, mc_returns)], dim=2)
+
+        if not self.cql_sampled_gradient:
+            q_data = self.critic.q_values(features, actions.unsqueeze(1))
+            gap = cql_gap(q_bounded, cql_log_density, q_data, self.cql_temp)
+            return q_data, gap, gap
+
+        drawn = draw_softmax_actions(q_bounded, cql_log_density, self.cql_temp)
+        # (ensemble_size, n_critics, batch_size, action_dim)
+        n_critics, action_dim = self.critic.n_critics, actions.shape[-1]
+        index = drawn.unsqueeze(-1).expand(-1, -1, -1, action_dim)
+        drawn_actions = cql_actions.gather(1, index)
+        data_actions = actions.unsqueeze(1).expand(-1, n_critics, -1, -1)
+        # One pass for both
+        both = self.critic.q_values(features.repeat(1, 2, 1), th.cat([data_actions, drawn_actions], dim=2))
+        q_data, q_drawn = both.chunk(2, dim=2)
+        if mc_returns is not None:
+            # Where Cal-QL's bound holds, the log-sum-exp does not depend on the critic
+            q_drawn = q_drawn * (q_sampled == q_bounded).gather(2, drawn.unsqueeze(2)).squeeze(2)
+        gap = cql_gap(q_bounded, cql_log_density, q_data.detach(), self.cql_temp)
+        return q_data, gap, q_drawn - q_data
+
+    # ------------------------------------------------------------------ hand-over
+
+    def _hand_over(self) -> None:
+        """Fresh optimizers, target critics equal to critics, entropy coefficient and priorities at their initial values."""
+        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
+        if self.pretrained:
+            self._n_updates = 0
+            self.policy.reset_optimizers()
+            self.critic_target.load_state_dict(self.critic.state_dict())
+            if self.log_ent_coef is not None:
+                self.log_ent_coef.data.fill_(self._initial_log_ent_coef)
+                self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
+        if self.density_ratio is not None:
+            assert self.dataset is not None
+            self._setup_density_ratio()
+            # Paper, section D: the rows of the first update are drawn with probability rho
+            p0 = initial_priority(len(self.dataset), max(self.learning_starts, 1), self.initial_online_fraction)
+            self.replay_buffer.reset_priorities(p0)
+
+    # ------------------------------------------------------------------ online phase (Algorithm 2)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        gradient_steps = self._online_gradient_steps(gradient_steps)
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
+        # Update optimizers learning rate
+        optimizers = [self.actor.optimizer]
+        if self.ent_coef_optimizer is not None:
+            optimizers += [self.ent_coef_optimizer]
+        self._update_learning_rate(optimizers)
+        qf_learning_rate = self.qf_lr_schedule(self._current_progress_remaining)
+        update_learning_rate(self.critic.optimizer, qf_learning_rate)
+
+        ent_coef_losses, ent_coefs = [], []
+        actor_losses, critic_losses = [], []
+        density_ratio_losses, offline_fractions = [], []
+
+        for gradient_step in range(gradient_steps):
+            # Lines 13-14 of Algorithm 2
+            if self.density_ratio is not None:
+                reference_data, density_ratio_loss_value = self._train_density_ratio(batch_size)
+                density_ratio_losses.append(density_ratio_loss_value)
+
+            # Sample replay buffer (line 16)
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            offline_fractions.append(np.mean(replay_data.indices < self.replay_buffer.n_offline))
+
+            # Action by the ensemble's policy (Eq. 5) for the sampled state
+            actions_pi, log_prob = self.actor.action_log_prob(replay_data.observations)  # (batch_size, .), (batch_size,)
+
+            ent_coef_loss = None
+            if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
+                # Important: detach the variable from the graph
+                # so we don't change it with other losses
+                # see https://github.com/rail-berkeley/softlearning/issues/60
+                ent_coef = th.exp(self.log_ent_coef.detach())
+                assert isinstance(self.target_entropy, float)
+                ent_coef_loss = -(self.log_ent_coef * (log_prob + self.target_entropy).detach()).mean()
+                ent_coef_losses.append(ent_coef_loss.item())
+            else:
+                ent_coef = self.ent_coef_tensor
+
+            ent_coefs.append(ent_coef.item())
+
+            # Optimize entropy coefficient, also called
+            # entropy temperature or alpha in the paper
+            if ent_coef_loss is not None and self.ent_coef_optimizer is not None:
+                self.ent_coef_optimizer.zero_grad()
+                ent_coef_loss.backward()
+                self.ent_coef_optimizer.step()
+
+            with th.no_grad():
+                # One action of the ensemble's policy, judged by all members
+                next_actions, next_log_prob = self.actor.action_log_prob(replay_data.next_observations)
+                next_q_values = self.critic_target.member_q_values(replay_data.next_observations, next_actions)
+                # Compute the next Q values: min over each member's critics targets (ensemble_size, 1, batch_size)
+                next_q_values = next_q_values.min(dim=1, keepdim=True).values
+                if self.target_q == "mean":
+                    next_q_values = next_q_values.mean(dim=0, keepdim=True)
+                # add entropy term
+                next_q_values = next_q_values - ent_coef * next_log_prob
+                # td error + entropy term
+                rewards, dones = replay_data.rewards.view(1, 1, -1), replay_data.dones.view(1, 1, -1)
+                target_q_values = rewards + (1 - dones) * self.gamma * next_q_values
+
+            # Get current Q-values estimates for each critic network
+            # using action from the replay buffer (ensemble_size, n_critics, batch_size)
+            if self.cql_alpha_online > 0:
+                current_q_values, gap_loss = self._online_q_values_and_gap_loss(replay_data)
+            else:
+                current_q_values = self.critic.member_q_values(replay_data.observations, replay_data.actions)
+                gap_loss = th.zeros_like(current_q_values)
+
+            # Compute critic loss (line 17): the mean over the batch, the sum over all networks
+            td_errors = current_q_values - target_q_values
+            critic_loss = 0.5 * (td_errors.pow(2) + self.cql_alpha_online * gap_loss).mean(dim=2).sum()
+            critic_losses.append(critic_loss.item())
+
+            # Optimize the critic
+            self.critic.optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic.optimizer.step()
+
+            # Compute actor loss (line 18)
+            # Min over each member's critic networks, mean over the members (Eq. 5)
+            q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi)
+            mean_qf_pi = q_values_pi.min(dim=1).values.mean(dim=0)  # (batch_size,)
+            actor_loss = (ent_coef * log_prob - mean_qf_pi).mean()
+            actor_losses.append(actor_loss.item())
+
+            # Optimize the actor
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward(inputs=list(self.actor.parameters()))
+            self.actor.optimizer.step()
+
+            # Lines 19-22 of Algorithm 2
+            if self.density_ratio is not None:
+                self._update_priorities(replay_data, reference_data)
+
+            # Update target networks
+            if gradient_step % self.target_update_interval == 0:
+                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                # Copy running stats, see GH issue #996
+                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+        self._n_updates += gradient_steps
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/qf_learning_rate", qf_learning_rate)
+        self.logger.record("train/ent_coef", np.mean(ent_coefs))
+        self.logger.record("train/actor_loss", np.mean(actor_losses))
+        self.logger.record("train/critic_loss", np.mean(critic_losses))
+        if len(ent_coef_losses) > 0:
+            self.logger.record("train/ent_coef_loss", np.mean(ent_coef_losses))
+        if len(density_ratio_losses) > 0:
+            self.logger.record("density_ratio/loss", np.mean(density_ratio_losses))
+            self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
+        if self.dataset is not None:
+            self.logger.record("replay/offline_fraction", np.mean(offline_fractions))
+
+    def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, float]:
+        """
+        One step on Eq. 4.
+
+        :param batch_size: number of online and number of reference samples
+        :return: the reference samples and the loss
+        """
+        assert isinstance(self.replay_buffer, BalancedReplayBuffer) and self.density_ratio is not None
+        if self.density_ratio_kwargs.get("reference", "offline") == "offline":
+            reference_data = self.replay_buffer.sample_offline(batch_size, env=self._vec_normalize_env)
+        else:
+            reference_data = self.replay_buffer.sample_uniform(batch_size, env=self._vec_normalize_env)
+        online_data = self.replay_buffer.sample_online(batch_size, env=self._vec_normalize_env)
+        ratio_online = self.density_ratio(online_data.observations, online_data.actions)
+        ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
+        loss = density_ratio_loss(ratio_online, ratio_reference)
+        self.density_ratio.optimizer.zero_grad()
+        loss.backward()
+        self.density_ratio.optimizer.step()
+        return reference_data, loss.item()
+
+    def _update_priorities(
+        self, replay_data: BalancedReplayBufferSamples, reference_data: BalancedReplayBufferSamples
+    ) -> None:
+        """
+        Give the rows just learned from their self-normalised density ratio (Eq. 6) as priority.
+
+        :param replay_data: those rows
+        :param reference_data: samples of the reference distribution
+        """
+        assert isinstance(self.replay_buffer, BalancedReplayBuffer) and self.density_ratio is not None
+        with th.no_grad():
+            ratio = self.density_ratio(replay_data.observations, replay_data.actions)
+            ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
+            priorities = density_ratio_priority(ratio, ratio_reference, self.priority_temperature)
+        self.replay_buffer.update_priorities(replay_data.indices, priorities.cpu().numpy())
+
+    def _online_q_values_and_gap_loss(self, replay_data: BalancedReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+        """
+        As ``_q_values_and_gap``, with one minibatch for all members and the actions of the ensemble's policy.
+
+        :param replay_data: the minibatch
+        :return: Q-values of its actions and what stands for CQL's gap in the loss, each ``(ensemble_size, n_critics, batch_size)``
+        """
+        ensemble_size = self.policy.ensemble_size
+        with th.no_grad():
+            mean_actions, log_std, _ = self.actor.get_action_dist_params(replay_data.observations)
+            next_mean_actions, next_log_std, _ = self.actor.get_action_dist_params(replay_data.next_observations)
+            cql_actions, cql_log_density = self._sample_cql_actions(
+                (mean_actions.unsqueeze(0), log_std.unsqueeze(0)), (next_mean_actions.unsqueeze(0), next_log_std.unsqueeze(0))
+            )
+        features = self.critic.extract_member_features(replay_data.observations)
+        current_q_values, _, gap_loss = self._q_values_and_gap(
+            features,
+            replay_data.actions.expand(ensemble_size, -1, -1),
+            cql_actions.expand(ensemble_size, -1, -1, -1),
+            cql_log_density.expand(ensemble_size, -1, -1),
+        )
+        return current_q_values, gap_loss
+
+    def learn(
+        self: SelfOff2OnSAC,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "Off2OnSAC",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOff2OnSAC:
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, saved_pytorch_variables = super()._get_torch_save_params()
+        state_dicts += ["offline_ent_coef_optimizer", "cql_lagrange_optimizer"]
+        saved_pytorch_variables += ["offline_log_ent_coef", "log_cql_lagrange"]
+        if self.density_ratio is not None:
+            state_dicts += ["density_ratio", "density_ratio.optimizer"]
+        return state_dicts, saved_pytorch_variables

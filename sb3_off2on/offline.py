@@ -1,0 +1,330 @@
+"""The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_off2on.buffers import BalancedReplayBuffer
+from sb3_off2on.datasets import OfflineDataset, load_dataset
+
+SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
+
+
+class OfflineProgressBarCallback(ProgressBarCallback):
+    """SB3's progress bar for the offline phase, where a step is one update however many environments there are."""
+
+    def _on_step(self) -> bool:
+        self.pbar.update(1)
+        return True
+
+
+class OfflineToOnline(OffPolicyAlgorithm):
+    """
+    Mixin that puts an offline phase before an SB3 off-policy algorithm's ``learn()``. The algorithm brings
+    ``train_offline()``, its own ``train()``, and ``_hand_over()``.
+
+    One counter runs through both phases: ``num_timesteps`` counts gradient steps offline and environment steps online, and
+    goes on where the offline phase ended. So checkpoints keep distinct names, and logs share one axis.
+    """
+
+    # Class attributes, so that a model that never meets a dataset carries no trace of one
+    dataset: OfflineDataset | None = None
+    dataset_info: dict[str, Any] | None = None
+    pretrained: bool = False
+    offline_gradient_steps: int = 0
+    offline_batch_size: int = 256
+    first_update_multiplier: int = 5
+    replay_buffer: BalancedReplayBuffer | None
+    _n_offline_updates: int = 0
+    _handed_over: bool = False
+
+    _dataset_params: ClassVar[list[str]] = ["dataset"]
+
+    # ------------------------------------------------------------------ what the algorithm brings
+
+    def train_offline(self, gradient_steps: int, batch_size: int) -> None:
+        """
+        Sample the dataset and do the updates of the offline phase, counted in ``_n_offline_updates``.
+
+        :param gradient_steps: number of updates
+        :param batch_size: rows per update (and member)
+        """
+        raise NotImplementedError()
+
+    def _hand_over(self) -> None:
+        """Make the agents of the offline phase ready for the first online step."""
+        raise NotImplementedError()
+
+    # ------------------------------------------------------------------ the dataset
+
+    def set_dataset(self, dataset: Any) -> None:
+        """
+        Attach the dataset, at first or again after loading (a saved model holds its source and fingerprint, not its rows).
+
+        :param dataset: whatever ``load_dataset`` takes
+        :raises ValueError: if its spaces are not the environment's, or it is not the dataset the model was trained with
+        """
+        assert self.replay_buffer is not None
+        dataset = load_dataset(dataset).for_spaces(self.observation_space, self.action_space)
+        info = {"source": dataset.source, "n_transitions": len(dataset), "fingerprint": dataset.fingerprint}
+        if self.dataset_info is not None and self.dataset_info["fingerprint"] != info["fingerprint"]:
+            raise ValueError(
+                f"`dataset` is not the one this model was trained with: got {info}, expected {self.dataset_info}. "
+                "Load that one, or start a new model"
+            )
+        self.replay_buffer.set_offline_data(dataset)
+        self.dataset, self.dataset_info = dataset, info
+
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+        super().load_replay_buffer(path, truncate_last_traj)
+        # The pickle holds no copy of the dataset: give it the rows that this model has
+        if self.dataset is not None:
+            assert self.replay_buffer is not None
+            self.replay_buffer.set_offline_data(self.dataset)
+
+    def _check_dataset(self) -> None:
+        assert self.replay_buffer is not None
+        if self.dataset_info is not None and self.dataset is None:
+            raise ValueError(
+                f"This model was trained with the dataset {self.dataset_info}, which a saved model does not contain: "
+                "call `model.set_dataset(...)` with it before training"
+            )
+        if self.dataset is None and self.replay_buffer.scheme in ("offline", "symmetric"):
+            raise ValueError(
+                f"`replay_buffer_kwargs=dict(scheme={self.replay_buffer.scheme!r})` needs a dataset: "
+                "pass `dataset=...` or call `model.set_dataset(...)`, or choose 'uniform'"
+            )
+
+    # ------------------------------------------------------------------ the offline phase
+
+    @classmethod
+    def pretrain_offline(
+        cls: type[SelfOfflineToOnline],
+        dataset: Any,
+        env: GymEnv | str | None = None,
+        *,
+        policy: str | type[BasePolicy] | None = None,
+        gradient_steps: int = 1_000_000,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1000,
+        progress_bar: bool = False,
+        download: bool = False,
+        **kwargs: Any,
+    ) -> SelfOfflineToOnline:
+        """
+        A model trained on a dataset, ready for ``learn()``.
+
+        :param dataset: whatever ``load_dataset`` takes, e.g. a Minari id
+        :param env: the environment to fine-tune in; by default the one that the dataset was recorded in
+        :param policy: by default ``MultiInputPolicy``, ``CnnPolicy`` or ``MlpPolicy``, as the observations ask for
+        :param gradient_steps: number of updates (the paper: 1000 epochs of 1000)
+        :param callback: see ``learn_offline``
+        :param log_interval: see ``learn_offline``
+        :param progress_bar: see ``learn_offline``
+        :param download: whether Minari may download the dataset
+        :param kwargs: arguments of the algorithm's constructor
+        :return: the trained model
+        :raises ValueError: if the dataset cannot be loaded or does not fit the environment
+        """
+        dataset = load_dataset(dataset, download=download)
+        if env is None:
+            env = dataset.make_env()
+        if policy is None:
+            if isinstance(dataset.observation_space, spaces.Dict):
+                policy = "MultiInputPolicy"
+            else:
+                policy = "CnnPolicy" if is_image_space(dataset.observation_space) else "MlpPolicy"
+        model = cls(policy, env, dataset=dataset, **kwargs)  # type: ignore[call-arg]
+        return model.learn_offline(None, gradient_steps, callback, log_interval, progress_bar)
+
+    def learn_offline(
+        self: SelfOfflineToOnline,
+        dataset: Any = None,
+        gradient_steps: int = 1_000_000,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1000,
+        progress_bar: bool = False,
+        tb_log_name: str | None = None,
+    ) -> SelfOfflineToOnline:
+        """
+        Train on the dataset, without a step in the environment. SB3's callbacks are called after each update, and
+        ``num_timesteps`` counts the updates; a callback that returns False stops the phase.
+
+        :param dataset: whatever ``load_dataset`` takes; not needed where the model has one already
+        :param gradient_steps: number of updates, on top of those done before
+        :param callback: callback(s) called after every update
+        :param log_interval: number of updates between two logs; ``None`` for no logs
+        :param progress_bar: display a progress bar
+        :param tb_log_name: name of the run for TensorBoard, the algorithm's by default
+        :return: the trained model
+        :raises ValueError: if there is no dataset, or it does not fit the environment
+        """
+        if gradient_steps < 1:
+            raise ValueError(f"`gradient_steps` must be at least 1, got {gradient_steps}")
+        if dataset is not None:
+            self.set_dataset(dataset)
+        self._check_dataset()
+        if self.dataset is None:
+            raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
+
+        callbacks = [callback] if isinstance(callback, BaseCallback) else callback
+        if progress_bar:
+            bar = OfflineProgressBarCallback()
+            callback = CallbackList([self._init_callback(callbacks), bar])
+        total_timesteps, callback = self._setup_learn(
+            gradient_steps, callback, reset_num_timesteps=self.num_timesteps == 0, tb_log_name=tb_log_name or type(self).__name__
+        )
+        # What SB3's callbacks read in `locals`: no episode ends here
+        dones, infos = np.zeros(self.n_envs, dtype=bool), [{} for _ in range(self.n_envs)]
+        callback.on_training_start(locals(), globals())
+
+        for update in range(gradient_steps):
+            self._current_progress_remaining = 1.0 - update / gradient_steps
+            self.train_offline(gradient_steps=1, batch_size=self.offline_batch_size)
+            self.num_timesteps += 1
+            self.pretrained, self._handed_over = True, False
+            callback.update_locals(locals())
+            if not callback.on_step():
+                break
+            if log_interval is not None and self._n_offline_updates % log_interval == 0:
+                self.dump_logs()
+
+        callback.on_training_end()
+        return self
+
+    # ------------------------------------------------------------------ the online phase
+
+    def learn(
+        self: SelfOfflineToOnline,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOfflineToOnline:
+        """
+        SB3's ``learn()``. A model that was built with ``dataset`` and ``offline_gradient_steps`` and never trained goes
+        through its offline phase first; a callback that stops that phase stops here.
+
+        :raises ValueError: if the model was trained with a dataset that is not attached
+        """
+        self._check_dataset()
+        if self.dataset is not None and self.offline_gradient_steps > 0 and not self.pretrained:
+            self.learn_offline(None, self.offline_gradient_steps, callback, 1000, progress_bar, tb_log_name)
+            if self._n_offline_updates < self.offline_gradient_steps:
+                return self
+        if not self._handed_over:
+            self._hand_over()
+            self._handed_over = True
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    @property
+    def _first_update_is_due(self) -> bool:
+        """Whether the pretrained agents have not been updated online yet."""
+        return self.pretrained and self._n_updates == 0
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: Any,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """
+        SB3's, but pretrained agents play from the first step on (SB3 would play random actions before ``learning_starts``),
+        and their first rollout ends at exactly ``learning_starts`` environment steps.
+        """
+        first = self._first_update_is_due and self.learning_starts > 0
+        if first:
+            train_freq = TrainFreq(math.ceil(self.learning_starts / env.num_envs), TrainFrequencyUnit.STEP)
+        rollout = super().collect_rollouts(
+            env,
+            callback,
+            train_freq,
+            replay_buffer,
+            action_noise,
+            learning_starts=0 if self.pretrained else learning_starts,
+            log_interval=log_interval,
+        )
+        # SB3's learn() trains once `num_timesteps > learning_starts`. Agents with offline updates are past that, as these
+        # count; agents assembled from members that were trained elsewhere stand exactly at it
+        if first and rollout.continue_training and self.num_timesteps <= self.learning_starts:
+            self.train(self.learning_starts, self.batch_size)
+        return rollout
+
+    def _online_gradient_steps(self, gradient_steps: int) -> int:
+        """
+        The paper trains ``first_update_multiplier`` times longer on the first online samples (section D.1).
+
+        :param gradient_steps: number of updates that SB3 asks for
+        :return: number of updates to do
+        """
+        if self._first_update_is_due and self.learning_starts > 0:
+            return self.first_update_multiplier * self.learning_starts
+        return gradient_steps
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        # Straight after the offline phase the counter and the logger go on; a later reset goes back to its end
+        if self.num_timesteps == self._n_offline_updates > 0:
+            reset_num_timesteps = False
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        if reset_num_timesteps:
+            self.num_timesteps = self._num_timesteps_at_start = self._n_offline_updates
+            self._total_timesteps = total_timesteps = total_timesteps + self._n_offline_updates
+        return total_timesteps, callback
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The schedules of the online phase run over the online steps
+        super()._update_current_progress_remaining(
+            num_timesteps - self._n_offline_updates, total_timesteps - self._n_offline_updates
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return super()._excluded_save_params() + self._dataset_params
+
+
+def check_action_space(env: GymEnv | str | None) -> GymEnv | None:
+    """
+    SB3 states these requirements as assertions; a user's mistake deserves an error that says what to do.
+
+    :param env: environment or its id
+    :return: the environment
+    :raises ValueError: if its actions are not continuous and bounded
+    """
+    if env is None:
+        return None
+    env = maybe_make_env(env, verbose=0)
+    action_space = env.action_space
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(f"The environment's actions must be continuous (a Box space), got {action_space}")
+    if not np.all(np.isfinite([action_space.low, action_space.high])):
+        raise ValueError(
+            f"The environment's action space must be bounded, got {action_space}: "
+            "wrap it with `gymnasium.wrappers.RescaleAction` or give it finite bounds"
+        )
+    return env

@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ensemble-size", type=int, default=5)
     parser.add_argument("--offline-steps", type=int, default=1_000_000)
     parser.add_argument("--offline-batch-size", type=int, default=256)
+    parser.add_argument("--cql-n-actions", type=int, default=10)
     parser.add_argument("--online-steps", type=int, default=250_000)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the actor, online")
     parser.add_argument("--rho", type=float, default=0.75, help="share of online samples in the first update")
@@ -34,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("logs/offline_to_online"), help="folder for the model and the results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("logs/offline_to_online"), help="folder for the model and the results"
+    )
     return parser.parse_args()
 
 
@@ -51,6 +54,7 @@ def pretrain(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path)
         dataset,
         gradient_steps=arguments.offline_steps,
         offline_batch_size=arguments.offline_batch_size,
+        cql_n_actions=arguments.cql_n_actions,
         policy_kwargs={"ensemble_size": arguments.ensemble_size},
         seed=arguments.seed,
         verbose=1,

@@ -99,6 +99,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
     actor: EnsembleActor
     critic: EnsembleCritic  # type: ignore[assignment]
     critic_target: EnsembleCritic  # type: ignore[assignment]
+    replay_buffer: BalancedReplayBuffer
     _dataset_params: ClassVar[list[str]] = ["dataset", "mc_returns"]
 
     def __init__(
@@ -161,7 +162,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 f"`n_steps={n_steps}` is not supported: the priorities of the balanced replay belong to single transitions"
             )
         if use_sde or use_sde_at_warmup or sde_sample_freq != -1:
-            raise ValueError("gSDE (`use_sde`, `sde_sample_freq`, `use_sde_at_warmup`) is not supported, see EnsembleCQLPolicy")
+            raise ValueError(
+                "gSDE (`use_sde`, `sde_sample_freq`, `use_sde_at_warmup`) is not supported, see EnsembleCQLPolicy"
+            )
         super().__init__(
             policy,
             check_action_space(env),  # type: ignore[arg-type]
@@ -233,12 +236,13 @@ class Off2OnSAC(OfflineToOnline, SAC):
             raise ValueError(f"`initial_online_fraction` (rho) must be in [0, 1), got {self.initial_online_fraction}")
         if self.target_q not in ("member", "mean"):
             raise ValueError(f"`target_q` must be 'member' or 'mean', got {self.target_q!r}")
-        if self.density_ratio_kwargs.get("reference", "offline") not in ("offline", "union"):
-            raise ValueError(
-                f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {self.density_ratio_kwargs['reference']!r}"
-            )
+        reference = self.density_ratio_kwargs.get("reference", "offline")
+        if reference not in ("offline", "union"):
+            raise ValueError(f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {reference!r}")
         if self.calql and self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward:
-            raise ValueError("`calql=True` compares Q-values with the dataset's returns: use `VecNormalize(norm_reward=False)`")
+            raise ValueError(
+                "`calql=True` compares Q-values with the dataset's returns: use `VecNormalize(norm_reward=False)`"
+            )
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -257,9 +261,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self._setup_density_ratio()
 
     def _setup_density_ratio(self) -> None:
-        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
-        if self.replay_buffer.scheme != "balanced":
-            return
         kwargs = {name: value for name, value in self.density_ratio_kwargs.items() if name != "reference"}
         self.density_ratio = DensityRatio(
             self.observation_space,
@@ -268,6 +269,11 @@ class Off2OnSAC(OfflineToOnline, SAC):
             normalize_images=self.policy.normalize_images,
             **kwargs,
         ).to(self.device)
+
+    @property
+    def _replay_is_balanced(self) -> bool:
+        """Whether draws follow density ratios: the scheme asks for it, and there is a dataset to compare with."""
+        return self.dataset is not None and self.replay_buffer.scheme == "balanced"
 
     def set_dataset(self, dataset: Any) -> None:
         super().set_dataset(dataset)
@@ -294,7 +300,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
     def train_offline(self, gradient_steps: int, batch_size: int) -> None:
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
         assert isinstance(self.target_entropy, float)
         # Update learning rates according to the schedules of this phase
         learning_rate = self.offline_lr_schedule(self._current_progress_remaining)
@@ -378,8 +383,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-            # Means over the members; the logger averages until the next dump
-            self.logger.record_mean("offline/critic_loss", td_loss.mean().item())
+            # Means over the members and their critics; the logger averages until the next dump
+            self.logger.record_mean("offline/critic_loss", critic_loss.item() / (ensemble_size * self.critic.n_critics))
+            self.logger.record_mean("offline/td_loss", td_loss.mean().item())
             self.logger.record_mean("offline/cql_gap", gap.mean().item())
             self.logger.record_mean("offline/q_data", current_q_values.mean().item())
             self.logger.record_mean("offline/q_pi", min_qf_pi.mean().item())
@@ -400,7 +406,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         :param dist_params: Gaussians at s, each ``(n_members, batch_size, action_dim)``
         :param next_dist_params: Gaussians at s', same shapes
-        :return: actions ``(n_members, 3 * cql_n_actions, batch_size, action_dim)`` and their log-densities without the last axis
+        :return: actions, shape ``(n_members, 3 * cql_n_actions, batch_size, action_dim)``,
+            and their log-densities, shape ``(n_members, 3 * cql_n_actions, batch_size)``
         """
         actions, log_prob = self.actor.sample_from_params(*dist_params, n_samples=self.cql_n_actions)
         next_actions, next_log_prob = self.actor.sample_from_params(*next_dist_params, n_samples=self.cql_n_actions)
@@ -457,7 +464,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
     def _hand_over(self) -> None:
         """Fresh optimizers, target critics equal to critics, entropy coefficient and priorities at their initial values."""
-        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
         if self.pretrained:
             self._n_updates = 0
             self.policy.reset_optimizers()
@@ -465,7 +471,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             if self.log_ent_coef is not None:
                 self.log_ent_coef.data.fill_(self._initial_log_ent_coef)
                 self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
-        if self.density_ratio is not None:
+        if self._replay_is_balanced:
             assert self.dataset is not None
             self._setup_density_ratio()
             # Paper, section D: the rows of the first update are drawn with probability rho
@@ -478,7 +484,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
         gradient_steps = self._online_gradient_steps(gradient_steps)
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        assert isinstance(self.replay_buffer, BalancedReplayBuffer)
         # Update optimizers learning rate
         optimizers = [self.actor.optimizer]
         if self.ent_coef_optimizer is not None:
@@ -490,10 +495,11 @@ class Off2OnSAC(OfflineToOnline, SAC):
         ent_coef_losses, ent_coefs = [], []
         actor_losses, critic_losses = [], []
         density_ratio_losses, offline_fractions = [], []
+        replay_is_balanced = self._replay_is_balanced
 
         for gradient_step in range(gradient_steps):
             # Lines 13-14 of Algorithm 2
-            if self.density_ratio is not None:
+            if replay_is_balanced:
                 reference_data, density_ratio_loss_value = self._train_density_ratio(batch_size)
                 density_ratio_losses.append(density_ratio_loss_value)
 
@@ -570,7 +576,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self.actor.optimizer.step()
 
             # Lines 19-22 of Algorithm 2
-            if self.density_ratio is not None:
+            if replay_is_balanced:
                 self._update_priorities(replay_data, reference_data)
 
             # Update target networks
@@ -601,7 +607,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         :param batch_size: number of online and number of reference samples
         :return: the reference samples and the loss
         """
-        assert isinstance(self.replay_buffer, BalancedReplayBuffer) and self.density_ratio is not None
+        assert self.density_ratio is not None
         if self.density_ratio_kwargs.get("reference", "offline") == "offline":
             reference_data = self.replay_buffer.sample_offline(batch_size, env=self._vec_normalize_env)
         else:
@@ -624,7 +630,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         :param replay_data: those rows
         :param reference_data: samples of the reference distribution
         """
-        assert isinstance(self.replay_buffer, BalancedReplayBuffer) and self.density_ratio is not None
+        assert self.density_ratio is not None
         with th.no_grad():
             ratio = self.density_ratio(replay_data.observations, replay_data.actions)
             ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
@@ -636,7 +642,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         As ``_q_values_and_gap``, with one minibatch for all members and the actions of the ensemble's policy.
 
         :param replay_data: the minibatch
-        :return: Q-values of its actions and what stands for CQL's gap in the loss, each ``(ensemble_size, n_critics, batch_size)``
+        :return: Q-values of its actions and what stands for CQL's gap in the loss,
+            each of shape ``(ensemble_size, n_critics, batch_size)``
         """
         ensemble_size = self.policy.ensemble_size
         with th.no_grad():

@@ -1,10 +1,8 @@
 """The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
@@ -184,10 +182,14 @@ class OfflineToOnline(OffPolicyAlgorithm):
             bar = OfflineProgressBarCallback()
             callback = CallbackList([self._init_callback(callbacks), bar])
         total_timesteps, callback = self._setup_learn(
-            gradient_steps, callback, reset_num_timesteps=self.num_timesteps == 0, tb_log_name=tb_log_name or type(self).__name__
+            gradient_steps,
+            callback,
+            reset_num_timesteps=self.num_timesteps == 0,
+            tb_log_name=tb_log_name or type(self).__name__,
         )
         # What SB3's callbacks read in `locals`: no episode ends here
-        dones, infos = np.zeros(self.n_envs, dtype=bool), [{} for _ in range(self.n_envs)]
+        dones: np.ndarray = np.zeros(self.n_envs, dtype=bool)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
         callback.on_training_start(locals(), globals())
 
         for update in range(gradient_steps):

@@ -79,7 +79,7 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     One module for N alike: parameters get a leading member axis, names stay.
 
     :param modules: the members' modules
-    :return: a module that takes and gives tensors with a leading member axis; the first one itself if there is nothing to stack
+    :return: a module from and to tensors with a leading member axis; the first one itself if there is nothing to stack
     """
     first = modules[0]
     if isinstance(first, nn.Sequential):
@@ -125,7 +125,8 @@ def moment_matching(mean_actions: th.Tensor, log_std: th.Tensor) -> tuple[th.Ten
     :param log_std: logarithms of their standard deviations, same shape
     :return: mean and log standard deviation (within SAC's limits), each of shape ``(batch_size, action_dim)``
     """
-    assert mean_actions.shape == log_std.shape and mean_actions.dim() == 3
+    assert mean_actions.shape == log_std.shape
+    assert mean_actions.dim() == 3
     mixture_mean = mean_actions.mean(dim=0)
     variance = th.exp(2 * log_std).mean(dim=0) + (mean_actions - mixture_mean).pow(2).mean(dim=0)
     return mixture_mean, th.clamp(0.5 * th.log(variance), LOG_STD_MIN, LOG_STD_MAX)
@@ -145,9 +146,8 @@ class EnsembleActor(Actor):
             super().__init__(**actor_kwargs)
         self.ensemble_size = len(members)
         self.features_extractor = stack_modules([member.features_extractor for member in members])  # type: ignore[assignment]
-        self.latent_pi = stack_modules([member.latent_pi for member in members])  # type: ignore[assignment]
-        self.mu = stack_modules([member.mu for member in members])  # type: ignore[assignment]
-        self.log_std = stack_modules([member.log_std for member in members])  # type: ignore[arg-type]
+        for name in ("latent_pi", "mu", "log_std"):
+            setattr(self, name, stack_modules([getattr(member, name) for member in members]))
 
     def member_action_dist_params(self, obs: PyTorchObs, per_member: bool = False) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -333,6 +333,9 @@ class EnsembleCQLPolicy(SACPolicy):
         for name in ("log_std_init", "use_expln", "clip_mean"):
             if name in kwargs:
                 raise ValueError(f"`{name}` only has a meaning with gSDE (`use_sde=True`), which is not supported: remove it")
+        # The parameters of all members at once: PyTorch's plain Adam goes over that memory a dozen times in each update
+        if kwargs.get("optimizer_class", th.optim.Adam) in (th.optim.Adam, th.optim.AdamW):
+            kwargs["optimizer_kwargs"] = {"fused": True, **(kwargs.get("optimizer_kwargs") or {})}
         self.ensemble_size = ensemble_size
         self.critic_layer_norm = critic_layer_norm
         super().__init__(*args, **kwargs)
@@ -349,7 +352,9 @@ class EnsembleCQLPolicy(SACPolicy):
             kwargs = [dict(self.critic_kwargs, features_extractor=features_extractor, features_dim=features_dim)]
             kwargs *= self.ensemble_size
         else:
-            kwargs = [self._update_features_extractor(self.critic_kwargs, features_extractor) for _ in range(self.ensemble_size)]
+            kwargs = [
+                self._update_features_extractor(self.critic_kwargs, features_extractor) for _ in range(self.ensemble_size)
+            ]
         return EnsembleCritic([critic_class(**member_kwargs) for member_kwargs in kwargs]).to(self.device)
 
     def reset_optimizers(self) -> None:
@@ -367,8 +372,11 @@ class EnsembleCQLPolicy(SACPolicy):
         """
         if not 0 <= index < self.ensemble_size:
             raise ValueError(f"`index` must be between 0 and {self.ensemble_size - 1} (`ensemble_size - 1`), got {index}")
-        networks = {"actor": self.actor, "critic": self.critic, "critic_target": self.critic_target}
-        return {name: network.member_state(index) for name, network in networks.items()}
+        return {
+            "actor": self.actor.member_state(index),
+            "critic": self.critic.member_state(index),
+            "critic_target": self.critic_target.member_state(index),
+        }
 
     def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
         """
@@ -451,4 +459,3 @@ class EnsembleMultiInputPolicy(EnsembleCQLPolicy):
         self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
     ) -> None:
         super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
-

@@ -6,7 +6,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import configure
 
@@ -58,13 +57,7 @@ def to_double(model: Any) -> None:
 
 
 def double_batch(batch: Any) -> Any:
-    return batch._replace(
-        **{
-            name: value.double()
-            for name, value in batch._asdict().items()
-            if isinstance(value, th.Tensor)
-        }
-    )
+    return batch._replace(**{name: value.double() for name, value in batch._asdict().items() if isinstance(value, th.Tensor)})
 
 
 def random_batch(n: int, seed: int) -> BalancedReplayBufferSamples:
@@ -102,9 +95,7 @@ class TestAgainstSAC:
         ours = make_model(
             double=True, ent_coef=ent_coef, policy_kwargs={"ensemble_size": 1}, replay_buffer_kwargs={"scheme": "uniform"}
         )
-        ours.policy.set_member(
-            0, {name: getattr(sac, name).state_dict() for name in ("actor", "critic", "critic_target")}
-        )
+        ours.policy.set_member(0, {name: getattr(sac, name).state_dict() for name in ("actor", "critic", "critic_target")})
         for step in range(3):
             batch = random_batch(32, seed=step)
             for model in (sac, ours):
@@ -137,7 +128,9 @@ class TestAgainstSAC:
 
 
 class TestOfflinePhase:
-    @pytest.mark.parametrize("kwargs", [{}, {"cql_sampled_gradient": False}, {"cql_target_action_gap": 0.5}, {"ent_coef": 0.1}])
+    @pytest.mark.parametrize(
+        "kwargs", [{}, {"cql_sampled_gradient": False}, {"cql_target_action_gap": 0.5}, {"ent_coef": 0.1}]
+    )
     def test_members_are_independent_agents(
         self, float64_preprocessing: None, monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any]
     ) -> None:
@@ -164,7 +157,7 @@ class TestOfflinePhase:
                     noise.start(update, member)
                 if member is not None:
                     rows = slice(member * batch_size, (member + 1) * batch_size)
-                    batch = BalancedReplayBufferSamples(*(x if x is None else x[rows] for x in batch))
+                    batch = batch._replace(**{name: x[rows] for name, x in batch._asdict().items() if x is not None})
                 model.replay_buffer.sample_offline = lambda *args, batch=batch, **kw: batch
                 model.train_offline(gradient_steps=1, batch_size=batch_size)
 
@@ -182,7 +175,7 @@ class TestOfflinePhase:
 
 
 class Noise:
-    """Random numbers that a single agent can draw exactly as its place in the ensemble does: the leading axis is the member's."""
+    """Random numbers that a single agent draws exactly as its place in the ensemble does: the leading axis is the members'."""
 
     def __init__(self, kind: str, n_members: int) -> None:
         self.kind, self.n_members = kind, n_members

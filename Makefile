@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test commit-checks lint format type imports pytest clean
+
+# A fresh environment with the tested versions. PyTorch first: pinned there, its CPU build suffices
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP_INSTALL) torch $(TORCH_INDEX)
+	$(PIP_INSTALL) --editable ".[tests]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/installed commit-checks
+
+commit-checks: lint type imports pytest
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type:
+	$(BIN)/mypy
+
+imports:
+	$(BIN)/lint-imports
+
+pytest:
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) logs .mypy_cache .pytest_cache .ruff_cache

@@ -76,7 +76,8 @@ class EnsembleModule(nn.Module):
 
 def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     """
-    One module for N alike: parameters get a leading member axis, names stay.
+    One module for N alike: parameters get a leading member axis, names stay. Modules without parameters, as most activation
+    functions, must treat their elements alike, or count their dimensions from the last.
 
     :param modules: the members' modules
     :return: a module from and to tensors with a leading member axis; the first one itself if there is nothing to stack
@@ -293,12 +294,13 @@ class EnsembleCritic(BaseModel):
         :return: views on its parameters and buffers, under the names that they have in SB3's ``ContinuousCritic``
         """
         state = {}
-        for name, value in self.state_dict().items():
+        for stacked_name, value in self.state_dict().items():
+            name = stacked_name.replace(".template.", ".")
             if name.startswith("qf."):
                 for idx in range(self.n_critics):
                     state[name.replace("qf.", f"qf{idx}.", 1)] = value[index * self.n_critics + idx]
             else:
-                state[name.replace(".template.", ".")] = value[index]
+                state[name] = value[index]
         return state
 
 
@@ -322,7 +324,7 @@ class EnsembleCQLPolicy(SACPolicy):
         if isinstance(ensemble_size, bool) or not isinstance(ensemble_size, int) or ensemble_size < 1:
             raise ValueError(f"`ensemble_size` must be an integer of at least 1, got {ensemble_size!r}")
         n_critics = kwargs.get("n_critics", 2)
-        if not isinstance(n_critics, int) or n_critics < 1:
+        if isinstance(n_critics, bool) or not isinstance(n_critics, int) or n_critics < 1:
             raise ValueError(f"`n_critics` must be an integer of at least 1, got {n_critics!r}")
         if kwargs.get("use_sde", False):
             raise ValueError(
@@ -334,8 +336,10 @@ class EnsembleCQLPolicy(SACPolicy):
             if name in kwargs:
                 raise ValueError(f"`{name}` only has a meaning with gSDE (`use_sde=True`), which is not supported: remove it")
         # The parameters of all members at once: PyTorch's plain Adam goes over that memory a dozen times in each update
-        if kwargs.get("optimizer_class", th.optim.Adam) in (th.optim.Adam, th.optim.AdamW):
-            kwargs["optimizer_kwargs"] = {"fused": True, **(kwargs.get("optimizer_kwargs") or {})}
+        optimizer_kwargs = kwargs.get("optimizer_kwargs") or {}
+        is_adam = kwargs.get("optimizer_class", th.optim.Adam) in (th.optim.Adam, th.optim.AdamW)
+        if is_adam and not {"foreach", "differentiable"} & set(optimizer_kwargs):
+            kwargs["optimizer_kwargs"] = {"fused": True, **optimizer_kwargs}
         self.ensemble_size = ensemble_size
         self.critic_layer_norm = critic_layer_norm
         super().__init__(*args, **kwargs)
@@ -421,6 +425,13 @@ class EnsembleCQLPolicy(SACPolicy):
                         f"`member['{network}']['{name}']` has shape {tuple(value.shape)} but the ensemble's is "
                         f"{tuple(state[name].shape)}. Build the model with the `policy_kwargs` of that agent"
                     )
+        if self.share_features_extractor:
+            actor, critic = member["actor"], member["critic"]
+            for name in (name for name in states["actor"] if name.startswith("features_extractor.")):
+                if not th.equal(th.as_tensor(actor[name]), th.as_tensor(critic[name])):
+                    raise ValueError(
+                        f"Actor and critic of `member` differ in '{name}', but with `share_features_extractor=True` they share it"
+                    )
         with th.no_grad():
             for network, state in states.items():
                 for name, view in state.items():
@@ -430,7 +441,10 @@ class EnsembleCQLPolicy(SACPolicy):
         data = super()._get_constructor_parameters()
         for name in ("use_sde", "log_std_init", "use_expln", "clip_mean"):
             del data[name]
-        return {**data, "ensemble_size": self.ensemble_size, "critic_layer_norm": self.critic_layer_norm}
+        data["share_features_extractor"] = self.share_features_extractor
+        data["ensemble_size"] = self.ensemble_size
+        data["critic_layer_norm"] = self.critic_layer_norm
+        return data
 
 
 class EnsembleCnnPolicy(EnsembleCQLPolicy):

@@ -39,7 +39,15 @@ def test_every_overlay_builds_a_model(dataset_id: str) -> None:
 def test_defaults_of_the_constructor_are_those_of_the_file() -> None:
     """The file's default block spells out the published values; the constructor has the same where it has a default."""
     model = Off2OnSAC("MlpPolicy", "Pendulum-v1")
-    differs = {"offline_gradient_steps", "buffer_size", "qf_learning_rate", "train_freq", "n_timesteps", "policy", "policy_kwargs"}
+    differs = {
+        "offline_gradient_steps",
+        "buffer_size",
+        "qf_learning_rate",
+        "train_freq",
+        "n_timesteps",
+        "policy",
+        "policy_kwargs",
+    }
     for name in set(BLOCKS["default"]) - differs:
         assert getattr(model, name) == BLOCKS["default"][name], name
     assert model.train_freq.frequency == BLOCKS["default"]["train_freq"]  # type: ignore[union-attr]

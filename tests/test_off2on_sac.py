@@ -2,58 +2,13 @@
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from helpers import ACTION_DIM, OBS_DIM, make_dataset, make_model
 from stable_baselines3 import SAC
-from stable_baselines3.common.logger import configure
 
-from sb3_off2on import Off2OnSAC, OfflineDataset, load_dataset
 from sb3_off2on.buffers import BalancedReplayBufferSamples
-
-OBS_DIM, ACTION_DIM = 3, 1
-
-
-def make_dataset(n_episodes: int = 6, length: int = 50, seed: int = 0, reward_scale: float = 1.0) -> OfflineDataset:
-    """Random walks with Pendulum's spaces, every other episode terminated."""
-    rng = np.random.default_rng(seed)
-    n = n_episodes * length
-    env = gym.make("Pendulum-v1")
-    ends = np.arange(1, n + 1) % length == 0
-    terminated = (np.arange(n) // length) % 2 == 0
-    observations = rng.uniform(-1, 1, (n, OBS_DIM)).astype(np.float32)
-    return load_dataset(
-        {
-            "observations": observations,
-            "next_observations": rng.uniform(-1, 1, (n, OBS_DIM)).astype(np.float32),
-            "actions": rng.uniform(-2, 2, (n, ACTION_DIM)).astype(np.float32),
-            "rewards": (reward_scale * rng.normal(size=n)).astype(np.float32),
-            "terminations": ends & terminated,
-            "truncations": ends & ~terminated,
-            "observation_space": env.observation_space,
-            "action_space": env.action_space,
-            "env_id": "Pendulum-v1",
-        }
-    )
-
-
-def make_model(cls: type[SAC] = Off2OnSAC, double: bool = False, **kwargs: Any) -> Any:
-    kwargs = {"seed": 0, "learning_starts": 50, "train_freq": 1, "gradient_steps": 1, "batch_size": 32, **kwargs}
-    kwargs["policy_kwargs"] = {"net_arch": [32, 24], **kwargs.get("policy_kwargs", {})}
-    model = cls("MlpPolicy", "Pendulum-v1", **kwargs)
-    model.set_logger(configure(None, []))
-    if double:
-        to_double(model)
-    return model
-
-
-def to_double(model: Any) -> None:
-    """Put networks, optimizers and batches in float64, to compare beyond float32's rounding."""
-    model.policy.double()
-    for name in ("log_ent_coef", "offline_log_ent_coef", "log_cql_lagrange", "ent_coef_tensor"):
-        if getattr(model, name, None) is not None:
-            getattr(model, name).data = getattr(model, name).data.double()
 
 
 def double_batch(batch: Any) -> Any:

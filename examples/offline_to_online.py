@@ -52,7 +52,7 @@ def pretrain(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path)
     start = time.time()
     model = Off2OnSAC.pretrain_offline(
         dataset,
-        gradient_steps=arguments.offline_steps,
+        offline_gradient_steps=arguments.offline_steps,
         offline_batch_size=arguments.offline_batch_size,
         cql_n_actions=arguments.cql_n_actions,
         policy_kwargs={"ensemble_size": arguments.ensemble_size},

@@ -29,7 +29,7 @@ def pretrain(dataset: OfflineDataset, gradient_steps: int, seed: int) -> Off2OnS
     """Three CQL agents, smaller and with fewer sampled actions than the defaults, as the task is small."""
     return Off2OnSAC.pretrain_offline(
         dataset,
-        gradient_steps=gradient_steps,
+        offline_gradient_steps=gradient_steps,
         progress_bar=True,
         policy_kwargs={"ensemble_size": 3, "net_arch": [64, 64]},
         offline_learning_rate=1e-3,

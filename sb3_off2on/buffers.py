@@ -258,6 +258,19 @@ class BalancedReplayBuffer(ReplayBuffer):
         """Priority of rows that are added (``p0`` in Algorithm 2)."""
         return self._default_priority
 
+    def set_scheme(self, scheme: str) -> None:
+        """
+        :param scheme: how to draw from now on, see the class; where priorities are new, all rows get the default priority
+        :raises ValueError: if it is unknown
+        """
+        if scheme not in SCHEMES:
+            raise ValueError(f"Unknown scheme={scheme!r}, it must be one of {', '.join(map(repr, SCHEMES))}")
+        if scheme != self.scheme:
+            self.scheme, self._tree = scheme, None
+            if scheme == "balanced":
+                self._tree = SumTree(self.n_offline + self.buffer_size * self.n_envs)
+                self.reset_priorities(self._default_priority)
+
     def set_offline_data(self, dataset: OfflineDataset) -> None:
         """
         Attach the dataset, of which nothing is copied. Offline rows get priority 1.0, unless it is the dataset that the

@@ -167,7 +167,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             )
         super().__init__(
             policy,
-            check_action_space(env),  # type: ignore[arg-type]
+            check_action_space(env, verbose),  # type: ignore[arg-type]
             learning_rate,
             buffer_size,
             learning_starts,
@@ -191,6 +191,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             device=device,
             _init_setup_model=False,
         )
+        self.dataset = dataset
         self.qf_learning_rate = qf_learning_rate
         self.offline_gradient_steps = offline_gradient_steps
         self.offline_learning_rate = offline_learning_rate
@@ -210,12 +211,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.density_ratio_kwargs = density_ratio_kwargs or {}
         self.density_ratio: DensityRatio | None = None
         self.mc_returns: np.ndarray | None = None
-        self._check_arguments()
 
         if _init_setup_model:
             self._setup_model()
-            if dataset is not None:
-                self.set_dataset(dataset)
 
     def _check_arguments(self) -> None:
         at_least = {
@@ -245,6 +243,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
             )
 
     def _setup_model(self) -> None:
+        # Here rather than in the constructor, for the arguments of load()
+        self._check_arguments()
         super()._setup_model()
         qf_learning_rate = self.learning_rate if self.qf_learning_rate is None else self.qf_learning_rate
         self.qf_lr_schedule = FloatSchedule(qf_learning_rate)
@@ -256,8 +256,10 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef.requires_grad_()], lr=3e-4)
         self.log_cql_lagrange = th.zeros(self.policy.ensemble_size, device=self.device)
         self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange.requires_grad_()], lr=3e-4)
-        # A loaded model has no dataset yet, but its density ratio is about to be loaded
-        if self.dataset_info is not None:
+        if self.dataset is not None:
+            self.set_dataset(self.dataset)
+        elif self.dataset_info is not None:
+            # A loaded model has no dataset yet, but its density ratio is about to be loaded
             self._setup_density_ratio()
 
     def _setup_density_ratio(self) -> None:
@@ -472,10 +474,14 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 self.log_ent_coef.data.fill_(self._initial_log_ent_coef)
                 self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
         if self._replay_is_balanced:
-            assert self.dataset is not None
             self._setup_density_ratio()
+            self._reset_priorities()
+
+    def _reset_priorities(self) -> None:
+        if self.replay_buffer.scheme == "balanced":
             # Paper, section D: the rows of the first update are drawn with probability rho
-            p0 = initial_priority(len(self.dataset), max(self.learning_starts, 1), self.initial_online_fraction)
+            n_online = max(self.replay_buffer.n_online + self.learning_starts, 1)
+            p0 = initial_priority(self.replay_buffer.n_offline, n_online, self.initial_online_fraction)
             self.replay_buffer.reset_priorities(p0)
 
     # ------------------------------------------------------------------ online phase (Algorithm 2)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -47,6 +47,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
     replay_buffer: BalancedReplayBuffer | None
     _n_offline_updates: int = 0
     _handed_over: bool = False
+    _n_warm_up_steps: int = 0
 
     _dataset_params: ClassVar[list[str]] = ["dataset"]
 
@@ -82,18 +83,75 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 f"`dataset` is not the one this model was trained with: got {info}, expected {self.dataset_info}. "
                 "Load that one, or start a new model"
             )
-        self.replay_buffer.set_offline_data(dataset)
+        self._attach_dataset(dataset)
         self.dataset, self.dataset_info = dataset, info
 
+    def _attach_dataset(self, dataset: OfflineDataset) -> None:
+        assert self.replay_buffer is not None
+        is_new = self.replay_buffer.dataset_info is None
+        self.replay_buffer.set_offline_data(dataset)
+        if is_new:
+            self._reset_priorities()
+
+    def _reset_priorities(self) -> None:
+        """Give the rows of both parts their initial priorities, where the replay has some."""
+
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+        """
+        SB3's. The rows are the file's, the scheme stays the model's.
+
+        :raises ValueError: if the file holds another class of buffer, or one of another dataset; nothing changes then
+        """
+        own = self.replay_buffer
+        assert own is not None
         super().load_replay_buffer(path, truncate_last_traj)
-        # The pickle holds no copy of the dataset: give it the rows that this model has
-        if self.dataset is not None:
-            assert self.replay_buffer is not None
-            self.replay_buffer.set_offline_data(self.dataset)
+        try:
+            if not isinstance(self.replay_buffer, BalancedReplayBuffer):
+                raise ValueError(
+                    f"The file holds a {type(self.replay_buffer).__name__}, which cannot have an offline part: "
+                    "only a BalancedReplayBuffer can be loaded. `load_dataset` takes the buffer as a dataset"
+                )
+            new_scheme = self.replay_buffer.scheme != own.scheme
+            self.replay_buffer.set_scheme(own.scheme)
+            # The pickle holds no copy of the dataset: give it the rows that this model has
+            if self.dataset is not None:
+                self._attach_dataset(self.dataset)
+            if new_scheme:
+                self._reset_priorities()
+        except ValueError:
+            self.replay_buffer = own
+            raise
+
+    def _seed_vec_normalize(self) -> None:
+        """
+        Give ``VecNormalize`` the dataset's statistics where it has none of its own: those of an environment that was only
+        reset are of one observation, and would throw all rows to its clipping bounds.
+        """
+        env, dataset = self._vec_normalize_env, self.dataset
+        if env is None or dataset is None or not env.training:
+            return
+        frames: Any = dataset.frames
+        obs_rms: Any = getattr(env, "obs_rms", None)
+        parts = [(obs_rms, frames)] if not isinstance(obs_rms, dict) else [(obs_rms[key], frames[key]) for key in obs_rms]
+        for statistics, part in parts:
+            if statistics is not None and statistics.count <= env.num_envs:
+                for start in range(0, len(part), 1024):
+                    statistics.update(part[start : start + 1024])
+        if env.norm_reward and env.ret_rms.count <= env.num_envs:
+            returns, discounted = [], 0.0
+            for reward, end in zip(dataset.rewards.tolist(), dataset.episode_ends.tolist(), strict=True):
+                discounted = env.gamma * discounted + reward
+                returns.append(discounted)
+                discounted = 0.0 if end else discounted
+            env.ret_rms.update(np.array(returns))
 
     def _check_dataset(self) -> None:
         assert self.replay_buffer is not None
+        if self.offline_gradient_steps > 0 and self.dataset_info is None and not self.pretrained:
+            raise ValueError(
+                f"`offline_gradient_steps={self.offline_gradient_steps}` needs a dataset: "
+                "pass `dataset=...` or call `model.set_dataset(...)`"
+            )
         if self.dataset_info is not None and self.dataset is None:
             raise ValueError(
                 f"This model was trained with the dataset {self.dataset_info}, which a saved model does not contain: "
@@ -105,6 +163,24 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 "pass `dataset=...` or call `model.set_dataset(...)`, or choose 'uniform'"
             )
 
+    @classmethod
+    def load(
+        cls: type[SelfOfflineToOnline],
+        path: Any,
+        env: GymEnv | None = None,
+        device: Any = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfOfflineToOnline:
+        """SB3's; a ``dataset`` among ``kwargs`` is attached with ``set_dataset()``."""
+        dataset = kwargs.pop("dataset", None)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if dataset is not None:
+            model.set_dataset(dataset)
+        return model
+
     # ------------------------------------------------------------------ the offline phase
 
     @classmethod
@@ -114,7 +190,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         env: GymEnv | str | None = None,
         *,
         policy: str | type[BasePolicy] | None = None,
-        gradient_steps: int = 1_000_000,
+        offline_gradient_steps: int = 1_000_000,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
         progress_bar: bool = False,
@@ -127,7 +203,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :param dataset: whatever ``load_dataset`` takes, e.g. a Minari id
         :param env: the environment to fine-tune in; by default the one that the dataset was recorded in
         :param policy: by default ``MultiInputPolicy``, ``CnnPolicy`` or ``MlpPolicy``, as the observations ask for
-        :param gradient_steps: number of updates (the paper: 1000 epochs of 1000)
+        :param offline_gradient_steps: number of updates (the paper: 1000 epochs of 1000)
         :param callback: see ``learn_offline``
         :param log_interval: see ``learn_offline``
         :param progress_bar: see ``learn_offline``
@@ -145,7 +221,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
             else:
                 policy = "CnnPolicy" if is_image_space(dataset.observation_space) else "MlpPolicy"
         model = cls(policy, env, dataset=dataset, **kwargs)  # type: ignore[call-arg]
-        return model.learn_offline(None, gradient_steps, callback, log_interval, progress_bar)
+        return model.learn_offline(None, offline_gradient_steps, callback, log_interval, progress_bar)
 
     def learn_offline(
         self: SelfOfflineToOnline,
@@ -169,18 +245,33 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :return: the trained model
         :raises ValueError: if there is no dataset, or it does not fit the environment
         """
+        self._learn_offline(dataset, gradient_steps, callback, log_interval, progress_bar, tb_log_name)
+        return self
+
+    def _learn_offline(
+        self,
+        dataset: Any,
+        gradient_steps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        progress_bar: bool,
+        tb_log_name: str | None,
+    ) -> bool:
+        """:return: whether no callback stopped the phase; parameters as ``learn_offline``"""
         if gradient_steps < 1:
             raise ValueError(f"`gradient_steps` must be at least 1, got {gradient_steps}")
+        finished = True
         if dataset is not None:
             self.set_dataset(dataset)
         self._check_dataset()
         if self.dataset is None:
             raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
 
-        callbacks = [callback] if isinstance(callback, BaseCallback) else callback
+        self._seed_vec_normalize()
         if progress_bar:
-            bar = OfflineProgressBarCallback()
-            callback = CallbackList([self._init_callback(callbacks), bar])
+            callbacks = callback if isinstance(callback, list) else [callback]
+            callbacks = [x if isinstance(x, BaseCallback) else ConvertCallback(x) for x in callbacks]
+            callback = CallbackList([*callbacks, OfflineProgressBarCallback()])
         total_timesteps, callback = self._setup_learn(
             gradient_steps,
             callback,
@@ -199,12 +290,14 @@ class OfflineToOnline(OffPolicyAlgorithm):
             self.pretrained, self._handed_over = True, False
             callback.update_locals(locals())
             if not callback.on_step():
+                finished = False
                 break
-            if log_interval is not None and self._n_offline_updates % log_interval == 0:
+            # The last ones too, which would appear among the online logs otherwise
+            if log_interval is not None and (self._n_offline_updates % log_interval == 0 or update == gradient_steps - 1):
                 self.dump_logs()
 
         callback.on_training_end()
-        return self
+        return finished
 
     # ------------------------------------------------------------------ the online phase
 
@@ -225,18 +318,20 @@ class OfflineToOnline(OffPolicyAlgorithm):
         """
         self._check_dataset()
         if self.dataset is not None and self.offline_gradient_steps > 0 and not self.pretrained:
-            self.learn_offline(None, self.offline_gradient_steps, callback, 1000, progress_bar, tb_log_name)
-            if self._n_offline_updates < self.offline_gradient_steps:
+            finished = self._learn_offline(None, self.offline_gradient_steps, callback, 1000, progress_bar, tb_log_name)
+            if not finished:
                 return self
         if not self._handed_over:
             self._hand_over()
-            self._handed_over = True
+            self._handed_over, self._n_warm_up_steps = True, 0
+            # Straight after an offline phase the counter and the logger go on; a later reset goes back to its end
+            reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     @property
     def _first_update_is_due(self) -> bool:
-        """Whether the pretrained agents have not been updated online yet."""
-        return self.pretrained and self._n_updates == 0
+        """Whether a model that brings something from before the online phase has not been updated online yet."""
+        return self._n_updates == 0 and (self.pretrained or self.dataset is not None)
 
     def collect_rollouts(
         self,
@@ -250,11 +345,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
     ) -> RolloutReturn:
         """
         SB3's, but pretrained agents play from the first step on (SB3 would play random actions before ``learning_starts``),
-        and their first rollout ends at exactly ``learning_starts`` environment steps.
+        and with them or a dataset the first rollout ends at exactly ``learning_starts`` environment steps.
         """
         first = self._first_update_is_due and self.learning_starts > 0
         if first:
-            train_freq = TrainFreq(math.ceil(self.learning_starts / env.num_envs), TrainFrequencyUnit.STEP)
+            missing = self.learning_starts - self._n_warm_up_steps  # a callback may have stopped the warm-up before
+            train_freq = TrainFreq(max(1, math.ceil(missing / env.num_envs)), TrainFrequencyUnit.STEP)
         rollout = super().collect_rollouts(
             env,
             callback,
@@ -264,10 +360,13 @@ class OfflineToOnline(OffPolicyAlgorithm):
             learning_starts=0 if self.pretrained else learning_starts,
             log_interval=log_interval,
         )
+        if first:
+            self._n_warm_up_steps += rollout.episode_timesteps
         # SB3's learn() trains once `num_timesteps > learning_starts`. Agents with offline updates are past that, as these
-        # count; agents assembled from members that were trained elsewhere stand exactly at it
-        if first and rollout.continue_training and self.num_timesteps <= self.learning_starts:
-            self.train(self.learning_starts, self.batch_size)
+        # count; without any (members trained elsewhere, or only a dataset for the replay) they stand exactly at it
+        gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+        if first and rollout.continue_training and self.num_timesteps <= self.learning_starts and gradient_steps > 0:
+            self.train(gradient_steps, self.batch_size)
         return rollout
 
     def _online_gradient_steps(self, gradient_steps: int) -> int:
@@ -277,7 +376,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :param gradient_steps: number of updates that SB3 asks for
         :return: number of updates to do
         """
-        if self._first_update_is_due and self.learning_starts > 0:
+        if self._first_update_is_due and self.pretrained and self.learning_starts > 0:
             return self.first_update_multiplier * self.learning_starts
         return gradient_steps
 
@@ -289,9 +388,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        # Straight after the offline phase the counter and the logger go on; a later reset goes back to its end
-        if self.num_timesteps == self._n_offline_updates > 0:
-            reset_num_timesteps = False
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -305,22 +401,25 @@ class OfflineToOnline(OffPolicyAlgorithm):
         super()._update_current_progress_remaining(
             num_timesteps - self._n_offline_updates, total_timesteps - self._n_offline_updates
         )
+        # The warm-up can be longer than a short learn()
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + self._dataset_params
 
 
-def check_action_space(env: GymEnv | str | None) -> GymEnv | None:
+def check_action_space(env: GymEnv | str | None, verbose: int = 0) -> GymEnv | None:
     """
     SB3 states these requirements as assertions; a user's mistake deserves an error that says what to do.
 
     :param env: environment or its id
+    :param verbose: see ``maybe_make_env``
     :return: the environment
     :raises ValueError: if its actions are not continuous and bounded
     """
     if env is None:
         return None
-    env = maybe_make_env(env, verbose=0)
+    env = maybe_make_env(env, verbose)
     action_space = env.action_space
     if not isinstance(action_space, spaces.Box):
         raise ValueError(f"The environment's actions must be continuous (a Box space), got {action_space}")

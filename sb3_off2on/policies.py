@@ -430,7 +430,7 @@ class EnsembleCQLPolicy(SACPolicy):
             for name in (name for name in states["actor"] if name.startswith("features_extractor.")):
                 if not th.equal(th.as_tensor(actor[name]), th.as_tensor(critic[name])):
                     raise ValueError(
-                        f"Actor and critic of `member` differ in '{name}', but with `share_features_extractor=True` they share it"
+                        f"Actor and critic of `member` differ in '{name}', which they share with `share_features_extractor=True`"
                     )
         with th.no_grad():
             for network, state in states.items():

@@ -32,7 +32,7 @@ def local_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(Off2OnSAC.pretrain_offline.__func__.__kwdefaults__, "gradient_steps", 4)  # type: ignore[attr-defined]
+    monkeypatch.setitem(Off2OnSAC.pretrain_offline.__func__.__kwdefaults__, "offline_gradient_steps", 4)  # type: ignore[attr-defined]
     monkeypatch.setattr(Off2OnSAC, "_online_gradient_steps", lambda self, gradient_steps: 2)
     exec(compile(re.sub(r"\b\d+_000\b", "4", block), "documentation", "exec"), {})
 

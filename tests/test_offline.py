@@ -203,12 +203,12 @@ class TestFirstUpdate:
         assert len(random_actions[0]) == len(random_actions[1]) >= 6
 
     def test_dataset_for_the_replay_alone(self, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> None:
-        """Where nothing was pretrained, the warm-up is SB3's, and both parts are replayed after it."""
+        """Where nothing was pretrained, the warm-up is random as SB3's, and updates begin when it ends, without a multiple."""
         model = small_model(dataset=dataset)
         calls = train_calls(monkeypatch, model)
         random_actions = spy(monkeypatch, model.action_space, "sample")
         model.learn(7)
-        assert calls == [(5, 1), (6, 1), (7, 1)]
+        assert calls == [(4, 1), (5, 1), (6, 1), (7, 1)]
         assert len(random_actions) == 4
         assert model.num_timesteps == 7
         assert not model.pretrained
@@ -561,7 +561,7 @@ class TestEntryPoints:
     def test_pretrain_offline_with_the_datasets_env(self, dataset: Any) -> None:
         recorder = Recorder(lambda model: model.num_timesteps)
         kwargs = self.without_gradient_steps(gamma=0.9, policy_kwargs={"ensemble_size": 3})
-        model = Off2OnSAC.pretrain_offline(dataset, gradient_steps=3, callback=recorder, **kwargs)
+        model = Off2OnSAC.pretrain_offline(dataset, offline_gradient_steps=3, callback=recorder, **kwargs)
         assert isinstance(model, Off2OnSAC)
         assert type(model.policy) is EnsembleCQLPolicy
         assert recorder.steps == [1, 2, 3]
@@ -594,7 +594,7 @@ class TestEntryPoints:
     def test_pretrain_offline_chooses_the_policy(self, observation_space: spaces.Space, policy: type) -> None:
         env = TinyEnv(observation_space)
         model = Off2OnSAC.pretrain_offline(
-            make_dataset(2, 10, env=env), env, gradient_steps=1, **self.without_gradient_steps()
+            make_dataset(2, 10, env=env), env, offline_gradient_steps=1, **self.without_gradient_steps()
         )
         assert type(model.policy) is policy
 
@@ -602,7 +602,9 @@ class TestEntryPoints:
         class OwnPolicy(EnsembleCQLPolicy):
             pass
 
-        model = Off2OnSAC.pretrain_offline(dataset, policy=OwnPolicy, gradient_steps=1, **self.without_gradient_steps())
+        model = Off2OnSAC.pretrain_offline(
+            dataset, policy=OwnPolicy, offline_gradient_steps=1, **self.without_gradient_steps()
+        )
         assert type(model.policy) is OwnPolicy
 
 
@@ -887,7 +889,7 @@ class TestErrors:
 
     def test_dataset_without_environment(self) -> None:
         with pytest.raises(ValueError, match="does not name its environment: make it yourself and pass it as env"):
-            Off2OnSAC.pretrain_offline(make_dataset(env=TinyEnv()), gradient_steps=1)
+            Off2OnSAC.pretrain_offline(make_dataset(env=TinyEnv()), offline_gradient_steps=1)
 
     def test_another_dataset(self, dataset: Any) -> None:
         model = small_model(dataset=dataset)

@@ -342,9 +342,12 @@ class TestArguments:
         with pytest.raises(ValueError, match="policy kwargs do not equal the stored policy kwargs"):
             saved_and_loaded(model_at("fresh", dataset), tmp_path, policy_kwargs={"ensemble_size": 3})
 
-    def test_dataset_as_argument(self, dataset: Any, tmp_path: Path) -> None:
-        """``load(..., dataset=...)`` is as good as ``set_dataset()``."""
-        loaded = saved_and_loaded(model_at("offline", dataset), tmp_path, dataset=dataset)
+    @pytest.mark.parametrize("saved_with_dataset", [False, True])
+    def test_dataset_as_argument(self, dataset: Any, tmp_path: Path, saved_with_dataset: bool) -> None:
+        """``load(..., dataset=...)`` is as good as ``set_dataset()``, also for a model that had none."""
+        model = model_at("offline", dataset) if saved_with_dataset else small_model()
+        loaded = saved_and_loaded(model, tmp_path, dataset=dataset)
+        assert_same(loaded.policy.state_dict(), model.policy.state_dict())
         loaded.learn_offline(gradient_steps=1)
         loaded.learn(4)
         assert loaded._n_updates == 8

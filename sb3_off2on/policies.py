@@ -430,7 +430,7 @@ class EnsembleCQLPolicy(SACPolicy):
             for name in (name for name in states["actor"] if name.startswith("features_extractor.")):
                 if not th.equal(th.as_tensor(actor[name]), th.as_tensor(critic[name])):
                     raise ValueError(
-                        f"Actor and critic of `member` differ in '{name}', which they share with `share_features_extractor=True`"
+                        f"Actor and critic of `member` differ in '{name}', shared with `share_features_extractor=True`"
                     )
         with th.no_grad():
             for network, state in states.items():

@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test commit-checks lint format type imports pytest clean
 
-# A fresh environment with the tested versions. PyTorch first: pinned there, its CPU build suffices
+# A fresh environment with the tested versions. PyTorch on a line of its own, as only it may come from another index
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -16,9 +16,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/installed commit-checks
+test: commit-checks
 
 commit-checks: lint type imports pytest
+
+lint type imports pytest format: $(VENV)/installed
 
 lint:
 	$(BIN)/ruff check .

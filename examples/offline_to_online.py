@@ -29,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cql-n-actions", type=int, default=10)
     parser.add_argument("--online-steps", type=int, default=250_000)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the actor, online")
+    parser.add_argument("--qf-learning-rate", type=float, default=3e-4, help="of the critics, online")
     parser.add_argument("--rho", type=float, default=0.75, help="share of online samples in the first update")
     parser.add_argument("--schemes", nargs="+", default=["balanced"], help="replay schemes, each from the same offline agents")
     parser.add_argument("--eval-freq", type=int, default=1000, help="online steps between two evaluations")
@@ -47,8 +48,14 @@ def make_env(dataset: OfflineDataset) -> gym.Env:
 
 def pretrain(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path) -> float:
     """Train the ensemble offline and save it, unless that was done before; return the seconds it took."""
+    names = ("dataset", "ensemble_size", "offline_steps", "offline_batch_size", "cql_n_actions", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    record = path.with_suffix(".json")
     if path.exists():
-        return float("nan")
+        done = json.loads(record.read_text())
+        if done["settings"] != settings:
+            raise SystemExit(f"{path} was trained with {done['settings']}, not {settings}: choose another --out")
+        return done["seconds"]
     start = time.time()
     model = Off2OnSAC.pretrain_offline(
         dataset,
@@ -61,7 +68,9 @@ def pretrain(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path)
         log_interval=max(arguments.offline_steps // 20, 1),
     )
     model.save(path)
-    return time.time() - start
+    seconds = time.time() - start
+    record.write_text(json.dumps({"settings": settings, "seconds": seconds}))
+    return seconds
 
 
 def fine_tune(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path, scheme: str) -> dict[str, Any]:
@@ -70,6 +79,7 @@ def fine_tune(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path
         path,
         env=make_env(dataset),
         learning_rate=arguments.learning_rate,
+        qf_learning_rate=arguments.qf_learning_rate,
         initial_online_fraction=arguments.rho,
         replay_buffer_kwargs={"scheme": scheme},
     )
@@ -89,7 +99,7 @@ def fine_tune(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path
     return {
         "scheme": scheme,
         "offline": offline_return,
-        "worst_first_5k": min(returns[steps <= 5000].min(), offline_return),
+        "worst_first_5k": min([offline_return, *returns[steps <= 5000]]),
         "final": returns[-3:].mean(),
         "steps": steps.tolist(),
         "returns": returns.tolist(),

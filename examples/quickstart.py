@@ -21,7 +21,7 @@ from sb3_off2on import Off2OnSAC, OfflineDataset, load_dataset
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LEARNING_STARTS = 500
+LEARNING_STARTS = 300
 SCHEMES = {"balanced": "balanced replay (ours)", "online": "online only"}
 
 
@@ -55,16 +55,14 @@ def fine_tune(path: Path, dataset: OfflineDataset, scheme: str, timesteps: int, 
     callback = EvalCallback(eval_env, eval_freq=250, n_eval_episodes=5, verbose=0, log_path=str(path.parent / scheme))
     offline_steps = model.num_timesteps
     model.learn(timesteps, callback=callback, progress_bar=True)
-    steps = np.array([0, *callback.evaluations_timesteps]) - np.array(
-        [0] + [offline_steps] * len(callback.evaluations_timesteps)
-    )
+    steps = np.array([0, *(timestep - offline_steps for timestep in callback.evaluations_timesteps)])
     return steps, np.array([offline_return, *np.mean(callback.evaluations_results, axis=1)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--offline-steps", type=int, default=5_000, help="gradient steps of the offline phase")
-    parser.add_argument("--online-steps", type=int, default=3_000, help="environment steps of the online phase")
+    parser.add_argument("--offline-steps", type=int, default=4_000, help="gradient steps of the offline phase")
+    parser.add_argument("--online-steps", type=int, default=2_500, help="environment steps of the online phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("logs/quickstart"), help="folder for the model, logs and the plot")
     arguments = parser.parse_args()

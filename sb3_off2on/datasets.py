@@ -242,13 +242,17 @@ class OfflineDataset:
         :raises ValueError: if the spaces do not match
         """
         if not _same_space(self.action_space, action_space):
-            raise ValueError(f"{self.source}: its action space {self.action_space} is not the environment's {action_space}.")
+            raise ValueError(
+                f"{self.source}: its action space {self.action_space} is not the environment's {action_space}. "
+                "If it should be, name `action_space` in a dict of arrays; otherwise wrap the environment (RescaleAction)."
+            )
         if _same_space(self.observation_space, observation_space):
             return self
         frames = _fitted(self.frames, self.observation_space, observation_space)
         if frames is None:
             raise ValueError(
-                f"{self.source}: its observation space {self.observation_space} is not the environment's {observation_space}."
+                f"{self.source}: its observation space {self.observation_space} is not the environment's {observation_space}. "
+                "If it should be, name `observation_space` in a dict of arrays; otherwise wrap the environment."
             )
         return replace(self, frames=frames, observation_space=observation_space)
 

@@ -5,9 +5,8 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
-from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.sac.sac import SAC
 
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority
@@ -74,13 +73,15 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param cql_n_actions: sampled actions per state, for each of: uniform, policy at s, policy at s'
     :param cql_temp: temperature of the log-sum-exp
     :param cql_target_action_gap: target of CQL's Lagrange form, which then multiplies ``cql_alpha`` with a learned factor
-        for each member; ``None`` for the fixed weight
+        for each member; ``None`` for the fixed weight. As in the published code, the gap that is held against it contains the
+        constant ``cql_temp * log(3 * cql_n_actions)``
     :param cql_sampled_gradient: take the gradient of the log-sum-exp at one action drawn from its softmax (unbiased, several
         times cheaper) instead of at all sampled actions
     :param cql_alpha_online: weight of the conservative term in the online phase; 0 in the paper, above 0 for CQL-ft
-    :param calql: bound the policy's Q-values in the conservative term by the dataset's Monte-Carlo returns (Cal-QL)
-    :param target_q: ``"member"``: each member regresses to its own target (the authors' code), ``"mean"``: to the mean of
-        all (Eq. 5 taken literally); online phase
+    :param calql: bound the policy's Q-values in the conservative term by the dataset's Monte-Carlo returns (Cal-QL); offline
+        phase only
+    :param target_q: ``"member"``: each member regresses to its own target (the authors' code), ``"mean"``: each to the mean
+        of all targets (Eq. 5); online phase
     :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
     :param initial_online_fraction: rho, the probability that a draw of the first update is an online sample
     :param priority_temperature: T of Eq. 6
@@ -104,7 +105,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
     def __init__(
         self,
-        policy: str | type[SACPolicy],
+        policy: str | type[EnsembleCQLPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,  # 1e6
@@ -159,11 +160,13 @@ class Off2OnSAC(OfflineToOnline, SAC):
             )
         if n_steps != 1:
             raise ValueError(
-                f"`n_steps={n_steps}` is not supported: the priorities of the balanced replay belong to single transitions"
+                f"`n_steps={n_steps}` is not supported, set it to 1: the priorities of the balanced replay belong to "
+                "single transitions"
             )
         if use_sde or use_sde_at_warmup or sde_sample_freq != -1:
             raise ValueError(
-                "gSDE (`use_sde`, `sde_sample_freq`, `use_sde_at_warmup`) is not supported, see EnsembleCQLPolicy"
+                f"gSDE is not supported, see EnsembleCQLPolicy: remove `use_sde={use_sde}`, "
+                f"`sde_sample_freq={sde_sample_freq}` and `use_sde_at_warmup={use_sde_at_warmup}`, or use `action_noise`"
             )
         super().__init__(
             policy,
@@ -191,6 +194,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
             device=device,
             _init_setup_model=False,
         )
+        if not issubclass(self.policy_class, EnsembleCQLPolicy):
+            raise ValueError(f"`policy` must be a name or derived from EnsembleCQLPolicy, got {self.policy_class.__name__}")
         self.dataset = dataset
         self.qf_learning_rate = qf_learning_rate
         self.offline_gradient_steps = offline_gradient_steps
@@ -225,7 +230,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             "first_update_multiplier": 1,
         }
         for name, minimum in at_least.items():
-            if getattr(self, name) < minimum:
+            if not getattr(self, name) >= minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
         for name in ("cql_temp", "priority_temperature"):
             if not getattr(self, name) > 0:
@@ -234,6 +239,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
             raise ValueError(f"`initial_online_fraction` (rho) must be in [0, 1), got {self.initial_online_fraction}")
         if self.target_q not in ("member", "mean"):
             raise ValueError(f"`target_q` must be 'member' or 'mean', got {self.target_q!r}")
+        known = {"net_arch", "activation_fn", "learning_rate", "reference"}
+        if not set(self.density_ratio_kwargs) <= known:
+            raise ValueError(f"`density_ratio_kwargs` must be among {sorted(known)}, got {sorted(self.density_ratio_kwargs)}")
         reference = self.density_ratio_kwargs.get("reference", "offline")
         if reference not in ("offline", "union"):
             raise ValueError(f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {reference!r}")
@@ -251,11 +259,12 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.offline_lr_schedule = FloatSchedule(self.offline_learning_rate)
         self.offline_qf_lr_schedule = FloatSchedule(self.offline_qf_learning_rate)
         # The offline phase has an entropy coefficient (as SAC's) and a Lagrange factor (as CQL's) for each member
+        shape = (self.policy.ensemble_size,)
         self._initial_log_ent_coef = 0.0 if self.log_ent_coef is None else self.log_ent_coef.item()
-        self.offline_log_ent_coef = th.full((self.policy.ensemble_size,), self._initial_log_ent_coef, device=self.device)
-        self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef.requires_grad_()], lr=3e-4)
-        self.log_cql_lagrange = th.zeros(self.policy.ensemble_size, device=self.device)
-        self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange.requires_grad_()], lr=3e-4)
+        self.offline_log_ent_coef = th.full(shape, self._initial_log_ent_coef, device=self.device, requires_grad=True)
+        self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef], lr=self.offline_lr_schedule(1))
+        self.log_cql_lagrange = th.zeros(shape, device=self.device, requires_grad=True)
+        self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.offline_qf_lr_schedule(1))
         if self.dataset is not None:
             self.set_dataset(self.dataset)
         elif self.dataset_info is not None:
@@ -263,6 +272,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self._setup_density_ratio()
 
     def _setup_density_ratio(self) -> None:
+        # Whatever the scheme, as a saved model may be loaded with another one
         kwargs = {name: value for name, value in self.density_ratio_kwargs.items() if name != "reference"}
         self.density_ratio = DensityRatio(
             self.observation_space,
@@ -285,6 +295,14 @@ class Off2OnSAC(OfflineToOnline, SAC):
         if self.calql:
             self.mc_returns = self.dataset.monte_carlo_returns(self.gamma)
 
+    def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
+        """
+        :param index: which member
+        :return: copies of the state dicts of ``actor``, ``critic`` and ``critic_target``, as SB3's networks load them
+        :raises ValueError: if there is no such member
+        """
+        return self.policy.get_member(index)
+
     def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
         """
         Make an agent that was trained elsewhere a member of the ensemble, see ``EnsembleCQLPolicy.set_member``. The model
@@ -295,6 +313,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
         :raises ValueError: if there is no such member, or the parameters do not fit
         """
         self.policy.set_member(index, member)
+        # Nothing that was gathered about the parameters before holds for the new ones
+        self.policy.reset_optimizers()
+        self.offline_log_ent_coef.data[index] = self._initial_log_ent_coef
         self.pretrained, self._handed_over = True, False
 
     # ------------------------------------------------------------------ offline phase (Algorithm 1)
@@ -350,24 +371,22 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
             # Current Q-values and CQL(H)'s gap: (ensemble_size, n_critics, batch_size) each
             features = self.critic.extract_member_features(replay_data.observations, per_member=True)
-            current_q_values, gap, gap_loss = self._q_values_and_gap(
-                features, actions, cql_actions, cql_log_density, mc_returns
-            )
-            assert current_q_values.shape == gap.shape == gap_loss.shape
+            current_q_values, gap = self._q_values_and_gap(features, actions, cql_actions, cql_log_density, mc_returns)
+            assert current_q_values.shape == gap.shape
             td_loss = (current_q_values - target_q_values).pow(2).mean(dim=2)  # (ensemble_size, n_critics)
 
-            cql_weight = th.full((ensemble_size,), self.cql_alpha, device=self.device)
+            cql_weight = th.as_tensor(self.cql_alpha)
             if self.cql_target_action_gap is not None:
                 excess = gap.detach().mean(dim=(1, 2)) - self.cql_target_action_gap
                 cql_lagrange = th.exp(self.log_cql_lagrange).clamp(max=1e6)
-                cql_weight = cql_weight * cql_lagrange.detach()
+                cql_weight = self.cql_alpha * cql_lagrange.detach().unsqueeze(1)  # (ensemble_size, 1)
                 lagrange_loss = -(self.cql_alpha * cql_lagrange * excess).sum()
                 self.cql_lagrange_optimizer.zero_grad()
                 lagrange_loss.backward()
                 self.cql_lagrange_optimizer.step()
 
             # Sums over the members keep them independent: no gradient of one depends on another
-            critic_loss = (td_loss + cql_weight.unsqueeze(1) * gap_loss.mean(dim=2)).sum()
+            critic_loss = (td_loss + cql_weight * gap.mean(dim=2)).sum()
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             self.critic.optimizer.step()
@@ -424,17 +443,17 @@ class Off2OnSAC(OfflineToOnline, SAC):
         cql_actions: th.Tensor,
         cql_log_density: th.Tensor,
         mc_returns: th.Tensor | None = None,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Q-values of the dataset's actions, the gap of CQL(H), and what stands for the gap in the loss: with the sampled
-        gradient its value is another, its gradient the same in expectation.
+        Q-values of the dataset's actions and the gap of CQL(H). With the sampled gradient the gap has its own value, and a
+        gradient that is right in expectation.
 
         :param features: shape ``(ensemble_size, batch_size, features_dim)``
         :param actions: shape ``(ensemble_size, batch_size, action_dim)``
         :param cql_actions: shape ``(ensemble_size, n_actions, batch_size, action_dim)``
         :param cql_log_density: shape ``(ensemble_size, n_actions, batch_size)``
         :param mc_returns: Cal-QL's lower bound, shape ``(ensemble_size, batch_size)``
-        :return: three tensors of shape ``(ensemble_size, n_critics, batch_size)``
+        :return: two tensors of shape ``(ensemble_size, n_critics, batch_size)``
         """
         with th.set_grad_enabled(not self.cql_sampled_gradient):
             q_sampled = q_bounded = self.critic.q_values_of_many(features, cql_actions)
@@ -445,7 +464,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         if not self.cql_sampled_gradient:
             q_data = self.critic.q_values(features, actions.unsqueeze(1))
             gap = cql_gap(q_bounded, cql_log_density, q_data, self.cql_temp)
-            return q_data, gap, gap
+            return q_data, gap
 
         drawn = draw_softmax_actions(q_bounded, cql_log_density, self.cql_temp)
         # (ensemble_size, n_critics, batch_size, action_dim)
@@ -460,7 +479,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Where Cal-QL's bound holds, the log-sum-exp does not depend on the critic
             q_drawn = q_drawn * (q_sampled == q_bounded).gather(2, drawn.unsqueeze(2)).squeeze(2)
         gap = cql_gap(q_bounded, cql_log_density, q_data.detach(), self.cql_temp)
-        return q_data, gap, q_drawn - q_data
+        surrogate = q_drawn - q_data
+        return q_data, gap + surrogate - surrogate.detach()
 
     # ------------------------------------------------------------------ hand-over
 
@@ -479,8 +499,13 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
     def _reset_priorities(self) -> None:
         if self.replay_buffer.scheme == "balanced":
-            # Paper, section D: the rows of the first update are drawn with probability rho
-            n_online = max(self.replay_buffer.n_online + self.learning_starts, 1)
+            # Paper, section D: online rows of the first update are drawn with probability rho
+            n_new = self.learning_starts
+            if n_new == 0:  # the first update comes after `train_freq` steps; as in the paper if that is in episodes
+                assert isinstance(self.train_freq, TrainFreq)
+                is_steps = self.train_freq.unit == TrainFrequencyUnit.STEP
+                n_new = self.train_freq.frequency * self.n_envs if is_steps else 1000
+            n_online = min(self.replay_buffer.n_online + n_new, self.replay_buffer.buffer_size * self.n_envs)
             p0 = initial_priority(self.replay_buffer.n_offline, n_online, self.initial_online_fraction)
             self.replay_buffer.reset_priorities(p0)
 
@@ -554,14 +579,14 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Get current Q-values estimates for each critic network
             # using action from the replay buffer (ensemble_size, n_critics, batch_size)
             if self.cql_alpha_online > 0:
-                current_q_values, gap_loss = self._online_q_values_and_gap_loss(replay_data)
+                current_q_values, gap = self._online_q_values_and_gap(replay_data)
             else:
                 current_q_values = self.critic.member_q_values(replay_data.observations, replay_data.actions)
-                gap_loss = th.zeros_like(current_q_values)
+                gap = th.zeros_like(current_q_values)
 
             # Compute critic loss (line 17): the mean over the batch, the sum over all networks
             td_errors = current_q_values - target_q_values
-            critic_loss = 0.5 * (td_errors.pow(2) + self.cql_alpha_online * gap_loss).mean(dim=2).sum()
+            critic_loss = 0.5 * (td_errors.pow(2) + self.cql_alpha_online * gap).mean(dim=2).sum()
             critic_losses.append(critic_loss.item())
 
             # Optimize the critic
@@ -643,13 +668,12 @@ class Off2OnSAC(OfflineToOnline, SAC):
             priorities = density_ratio_priority(ratio, ratio_reference, self.priority_temperature)
         self.replay_buffer.update_priorities(replay_data.indices, priorities.cpu().numpy())
 
-    def _online_q_values_and_gap_loss(self, replay_data: BalancedReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
+    def _online_q_values_and_gap(self, replay_data: BalancedReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """
         As ``_q_values_and_gap``, with one minibatch for all members and the actions of the ensemble's policy.
 
         :param replay_data: the minibatch
-        :return: Q-values of its actions and what stands for CQL's gap in the loss,
-            each of shape ``(ensemble_size, n_critics, batch_size)``
+        :return: Q-values of its actions and CQL's gap, each of shape ``(ensemble_size, n_critics, batch_size)``
         """
         ensemble_size = self.policy.ensemble_size
         with th.no_grad():
@@ -659,13 +683,12 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 (mean_actions.unsqueeze(0), log_std.unsqueeze(0)), (next_mean_actions.unsqueeze(0), next_log_std.unsqueeze(0))
             )
         features = self.critic.extract_member_features(replay_data.observations)
-        current_q_values, _, gap_loss = self._q_values_and_gap(
+        return self._q_values_and_gap(
             features,
             replay_data.actions.expand(ensemble_size, -1, -1),
             cql_actions.expand(ensemble_size, -1, -1, -1),
             cql_log_density.expand(ensemble_size, -1, -1),
         )
-        return current_q_values, gap_loss
 
     def learn(
         self: SelfOff2OnSAC,

@@ -41,13 +41,13 @@ class OfflineToOnline(OffPolicyAlgorithm):
     dataset: OfflineDataset | None = None
     dataset_info: dict[str, Any] | None = None
     pretrained: bool = False
-    offline_gradient_steps: int = 0
-    offline_batch_size: int = 256
-    first_update_multiplier: int = 5
+    offline_gradient_steps: int
+    offline_batch_size: int
+    first_update_multiplier: int
     replay_buffer: BalancedReplayBuffer | None
     _n_offline_updates: int = 0
     _handed_over: bool = False
-    _n_warm_up_steps: int = 0
+    _n_first_steps: int = 0
 
     _dataset_params: ClassVar[list[str]] = ["dataset"]
 
@@ -85,6 +85,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
             )
         self._attach_dataset(dataset)
         self.dataset, self.dataset_info = dataset, info
+        self._seed_vec_normalize()
 
     def _attach_dataset(self, dataset: OfflineDataset) -> None:
         assert self.replay_buffer is not None
@@ -104,13 +105,19 @@ class OfflineToOnline(OffPolicyAlgorithm):
         """
         own = self.replay_buffer
         assert own is not None
-        super().load_replay_buffer(path, truncate_last_traj)
         try:
+            super().load_replay_buffer(path, truncate_last_traj)
             if not isinstance(self.replay_buffer, BalancedReplayBuffer):
                 raise ValueError(
                     f"The file holds a {type(self.replay_buffer).__name__}, which cannot have an offline part: "
                     "only a BalancedReplayBuffer can be loaded. `load_dataset` takes the buffer as a dataset"
                 )
+            for name in ("obs_shape", "action_space", "n_envs"):
+                if getattr(self.replay_buffer, name) != getattr(own, name):
+                    raise ValueError(
+                        f"The buffer in the file has `{name}={getattr(self.replay_buffer, name)}`, "
+                        f"but this model has {getattr(own, name)}: load the buffer that belongs to it"
+                    )
             new_scheme = self.replay_buffer.scheme != own.scheme
             self.replay_buffer.set_scheme(own.scheme)
             # The pickle holds no copy of the dataset: give it the rows that this model has
@@ -118,14 +125,14 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 self._attach_dataset(self.dataset)
             if new_scheme:
                 self._reset_priorities()
-        except ValueError:
+        except BaseException:
             self.replay_buffer = own
             raise
 
     def _seed_vec_normalize(self) -> None:
         """
         Give ``VecNormalize`` the dataset's statistics where it has none of its own: those of an environment that was only
-        reset are of one observation, and would throw all rows to its clipping bounds.
+        reset are of one observation each, and would throw all rows to its clipping bounds.
         """
         env, dataset = self._vec_normalize_env, self.dataset
         if env is None or dataset is None or not env.training:
@@ -134,10 +141,10 @@ class OfflineToOnline(OffPolicyAlgorithm):
         obs_rms: Any = getattr(env, "obs_rms", None)
         parts = [(obs_rms, frames)] if not isinstance(obs_rms, dict) else [(obs_rms[key], frames[key]) for key in obs_rms]
         for statistics, part in parts:
-            if statistics is not None and statistics.count <= env.num_envs:
+            if statistics is not None and statistics.count < env.num_envs + 1:  # one reset at most
                 for start in range(0, len(part), 1024):
                     statistics.update(part[start : start + 1024])
-        if env.norm_reward and env.ret_rms.count <= env.num_envs:
+        if env.norm_reward and env.ret_rms.count < env.num_envs + 1:
             returns, discounted = [], 0.0
             for reward, end in zip(dataset.rewards.tolist(), dataset.episode_ends.tolist(), strict=True):
                 discounted = env.gamma * discounted + reward
@@ -267,7 +274,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if self.dataset is None:
             raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
 
-        self._seed_vec_normalize()
         if progress_bar:
             callbacks = callback if isinstance(callback, list) else [callback]
             callbacks = [x if isinstance(x, BaseCallback) else ConvertCallback(x) for x in callbacks]
@@ -311,19 +317,20 @@ class OfflineToOnline(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfOfflineToOnline:
         """
-        SB3's ``learn()``. A model that was built with ``dataset`` and ``offline_gradient_steps`` and never trained goes
-        through its offline phase first; a callback that stops that phase stops here.
+        SB3's ``learn()``. A model that was built with ``dataset`` and ``offline_gradient_steps`` goes through its offline
+        phase first, or through what is left of it; a callback that stops that phase stops here.
 
         :raises ValueError: if the model was trained with a dataset that is not attached
         """
         self._check_dataset()
-        if self.dataset is not None and self.offline_gradient_steps > 0 and not self.pretrained:
-            finished = self._learn_offline(None, self.offline_gradient_steps, callback, 1000, progress_bar, tb_log_name)
-            if not finished:
-                return self
+        remaining = self.offline_gradient_steps - self._n_offline_updates
+        assembled = self.pretrained and self._n_offline_updates == 0  # from members that were trained elsewhere
+        is_due = self.dataset is not None and remaining > 0 and not self._handed_over and not assembled
+        if is_due and not self._learn_offline(None, remaining, callback, 1000, progress_bar, tb_log_name):
+            return self
         if not self._handed_over:
             self._hand_over()
-            self._handed_over, self._n_warm_up_steps = True, 0
+            self._handed_over, self._n_first_steps = True, 0
             # Straight after an offline phase the counter and the logger go on; a later reset goes back to its end
             reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
@@ -345,12 +352,14 @@ class OfflineToOnline(OffPolicyAlgorithm):
     ) -> RolloutReturn:
         """
         SB3's, but pretrained agents play from the first step on (SB3 would play random actions before ``learning_starts``),
-        and with them or a dataset the first rollout ends at exactly ``learning_starts`` environment steps.
+        and with them or a dataset the first rollout ends at ``learning_starts`` environment steps (or the next multiple of
+        ``n_envs``).
         """
-        first = self._first_update_is_due and self.learning_starts > 0
+        # A callback may have stopped the first rollout before
+        missing = self.learning_starts - self._n_first_steps
+        first = self._first_update_is_due and missing > 0
         if first:
-            missing = self.learning_starts - self._n_warm_up_steps  # a callback may have stopped the warm-up before
-            train_freq = TrainFreq(max(1, math.ceil(missing / env.num_envs)), TrainFrequencyUnit.STEP)
+            train_freq = TrainFreq(math.ceil(missing / env.num_envs), TrainFrequencyUnit.STEP)
         rollout = super().collect_rollouts(
             env,
             callback,
@@ -361,11 +370,13 @@ class OfflineToOnline(OffPolicyAlgorithm):
             log_interval=log_interval,
         )
         if first:
-            self._n_warm_up_steps += rollout.episode_timesteps
-        # SB3's learn() trains once `num_timesteps > learning_starts`. Agents with offline updates are past that, as these
-        # count; without any (members trained elsewhere, or only a dataset for the replay) they stand exactly at it
+            self._n_first_steps += rollout.episode_timesteps
+        # SB3's learn() trains once `num_timesteps > learning_starts`, strictly, and after a reset of the counter anew. With
+        # something from before the online phase, what counts is that the first rollout is complete
         gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
-        if first and rollout.continue_training and self.num_timesteps <= self.learning_starts and gradient_steps > 0:
+        sb3_waits = self.num_timesteps <= self.learning_starts
+        is_due = (self.pretrained or self.dataset is not None) and self._n_first_steps >= self.learning_starts
+        if sb3_waits and is_due and rollout.continue_training and gradient_steps > 0:
             self.train(gradient_steps, self.batch_size)
         return rollout
 
@@ -401,7 +412,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         super()._update_current_progress_remaining(
             num_timesteps - self._n_offline_updates, total_timesteps - self._n_offline_updates
         )
-        # The warm-up can be longer than a short learn()
+        # The first rollout can be longer than a short learn()
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _excluded_save_params(self) -> list[str]:
@@ -422,10 +433,12 @@ def check_action_space(env: GymEnv | str | None, verbose: int = 0) -> GymEnv | N
     env = maybe_make_env(env, verbose)
     action_space = env.action_space
     if not isinstance(action_space, spaces.Box):
-        raise ValueError(f"The environment's actions must be continuous (a Box space), got {action_space}")
+        raise ValueError(
+            f"The actions of `env` must be continuous (a Box space), got {action_space}: use DQN or QR-DQN for those"
+        )
     if not np.all(np.isfinite([action_space.low, action_space.high])):
         raise ValueError(
-            f"The environment's action space must be bounded, got {action_space}: "
-            "wrap it with `gymnasium.wrappers.RescaleAction` or give it finite bounds"
+            f"The action space of `env` must be bounded, got {action_space}: give it finite bounds, "
+            "e.g. with `gymnasium.wrappers.TransformAction`"
         )
     return env

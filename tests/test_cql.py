@@ -227,14 +227,13 @@ class TestQValuesAndGap:
         model = make_model(cql_sampled_gradient=False, cql_n_actions=self.CQL_N_ACTIONS, cql_temp=temperature)
         inputs = self.inputs(model)
         unbounded = {name: value for name, value in inputs.items() if name != "mc_returns"}
-        q_data, gap, gap_loss = model._q_values_and_gap(**(inputs if bounded else unbounded))
-        assert gap_loss is gap
+        q_data, gap = model._q_values_and_gap(**(inputs if bounded else unbounded))
         for member in range(ENSEMBLE_SIZE):
             expected_q_data, expected_gap = self.by_loop(self.sb3_critic(model, member), member, inputs, bounded, temperature)
             th.testing.assert_close(q_data[member], expected_q_data, rtol=0, atol=1e-12)
             th.testing.assert_close(gap[member], expected_gap, rtol=0, atol=1e-12)
         expected = self.gradients_by_loop(model, inputs, bounded, temperature)
-        for gradient, expected_gradient in zip(self.gradients(model, gap_loss.mean(dim=2).sum()), expected, strict=True):
+        for gradient, expected_gradient in zip(self.gradients(model, gap.mean(dim=2).sum()), expected, strict=True):
             th.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("temperature", [1.0, 0.4])
@@ -252,8 +251,8 @@ class TestQValuesAndGap:
         th.manual_seed(0)
         samples: list[list[th.Tensor]] = []
         for _ in range(n_batches):
-            q_data, gap, gap_loss = model._q_values_and_gap(**repeated)
-            samples.append(self.gradients(model, gap_loss.mean(dim=2).sum()))
+            q_data, gap = model._q_values_and_gap(**repeated)
+            samples.append(self.gradients(model, gap.mean(dim=2).sum()))
         for member in range(ENSEMBLE_SIZE):
             expected = self.by_loop(self.sb3_critic(model, member), member, inputs, bounded, temperature)
             for got, by_loop in zip((q_data[member], gap[member]), expected, strict=True):
@@ -275,10 +274,10 @@ class TestQValuesAndGap:
         model = make_model(cql_sampled_gradient=sampled_gradient, cql_n_actions=self.CQL_N_ACTIONS)
         inputs = self.inputs(model)
         inputs["mc_returns"] = th.full_like(inputs["mc_returns"], 200.0)
-        q_data, gap, gap_loss = model._q_values_and_gap(**inputs)
+        q_data, gap = model._q_values_and_gap(**inputs)
         assert (gap > 190).all()
         expected = self.gradients(model, -q_data.sum())
-        for gradient, expected_gradient in zip(self.gradients(model, gap_loss.sum()), expected, strict=True):
+        for gradient, expected_gradient in zip(self.gradients(model, gap.sum()), expected, strict=True):
             th.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("sampled_gradient", [True, False])

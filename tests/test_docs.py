@@ -17,7 +17,12 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
 ]
 # Datasets that the documentation names, and the environments that stand in for them
-DATASETS = {"pendulum/replay-v0": "Pendulum-v1", "mujoco/halfcheetah/medium-v0": "HalfCheetah-v5"}
+DATASETS = {
+    "pendulum/replay-v0": "Pendulum-v1",
+    "pendulum/medium-v0": "Pendulum-v1",
+    "pendulum/expert-v0": "Pendulum-v1",
+    "mujoco/halfcheetah/medium-v0": "HalfCheetah-v5",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -823,7 +823,7 @@ class TestErrors:
             ({"offline_gradient_steps": -1}, "`offline_gradient_steps` must be at least 0, got -1"),
             ({"replay_buffer_kwargs": {"scheme": "best"}}, "Unknown scheme='best', it must be one of 'balanced'"),
             ({"n_steps": 3}, "`n_steps=3` is not supported"),
-            ({"use_sde": True}, r"gSDE \(`use_sde`.*not supported"),
+            ({"use_sde": True}, r"gSDE is not supported.*`use_sde=True`"),
             ({"optimize_memory_usage": True}, "does not support optimize_memory_usage=True"),
             ({"replay_buffer_class": ReplayBuffer}, "`replay_buffer_class=ReplayBuffer` cannot hold an offline part"),
             ({"target_q": "x"}, "`target_q` must be 'member' or 'mean', got 'x'"),

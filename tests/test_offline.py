@@ -31,6 +31,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from sb3_off2on import Off2OnSAC, load_dataset
@@ -212,6 +213,23 @@ class TestFirstUpdate:
         assert len(random_actions) == 4
         assert model.num_timesteps == 7
         assert not model.pretrained
+
+    def test_every_learn_trains_whatever_was_counted_offline(self, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> None:
+        """The counter goes back to the offline updates, and SB3 would wait for it to pass ``learning_starts`` again."""
+        model = small_model(dataset=dataset, learning_starts=20)
+        model.learn_offline(gradient_steps=2)
+        model.learn(20)
+        calls = train_calls(monkeypatch, model)
+        model.learn(3)
+        assert [n_updates for _, n_updates in calls] == [1, 1, 1]
+
+    def test_rollouts_without_updates(self, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> None:
+        """With ``gradient_steps=0`` only the first rollout is the first one."""
+        model = small_model(dataset=dataset, learning_starts=4, train_freq=5, gradient_steps=0)
+        model.learn_offline(gradient_steps=2)
+        rollouts = spy(monkeypatch, model, "collect_rollouts", lambda: model.num_timesteps - 2)
+        model.learn(14)
+        assert rollouts == [0, 4, 9]
 
 
 class TestCounterAndCallbacks:
@@ -488,14 +506,15 @@ class TestHandOver:
 
     @pytest.mark.parametrize("fraction", [0.25, 0.75])
     @pytest.mark.parametrize("n_phases", [1, 2])
+    @pytest.mark.parametrize("kwargs", [{}, {"learning_starts": 0, "train_freq": 5}, {"buffer_size": 10}])
     def test_share_of_the_first_update(
-        self, monkeypatch: pytest.MonkeyPatch, dataset: Any, fraction: float, n_phases: int
+        self, monkeypatch: pytest.MonkeyPatch, dataset: Any, fraction: float, n_phases: int, kwargs: dict[str, Any]
     ) -> None:
         """
         The first update draws online rows with probability rho, as priorities have not changed yet. The rows of an online
         phase before another offline one are online rows, too.
         """
-        model = small_model(dataset=dataset, initial_online_fraction=fraction)
+        model = small_model(dataset=dataset, initial_online_fraction=fraction, **kwargs)
         for _ in range(n_phases - 1):
             model.learn_offline(gradient_steps=2).learn(20)
         model.learn_offline(gradient_steps=2)
@@ -698,6 +717,27 @@ class TestConfigurations:
             assert (batch.observations.abs() < 9).float().mean() > 0.9
             assert (batch.rewards.abs() < 9).float().mean() > 0.9
 
+    @pytest.mark.parametrize("n_resets", [0, 1])
+    @pytest.mark.parametrize("n_envs", [1, 3])
+    def test_vec_normalize_takes_the_statistics_of_the_dataset(self, n_envs: int, n_resets: int) -> None:
+        env = VecNormalize(tiny_envs(n_envs), gamma=0.99)
+        for _ in range(n_resets):
+            env.reset()
+        offline_data = make_dataset(env=TinyEnv())
+        small_model(env, dataset=offline_data)
+        statistics: Any = env.obs_rms
+        np.testing.assert_allclose(statistics.mean, offline_data.observations.mean(axis=0), atol=0.05)  # type: ignore[union-attr]
+        assert env.ret_rms.count > len(offline_data)
+
+    def test_vec_normalize_keeps_statistics_of_its_own(self) -> None:
+        env = VecNormalize(tiny_envs())
+        for _ in range(3):
+            env.reset()
+        statistics: Any = env.obs_rms
+        count = statistics.count
+        small_model(env, dataset=make_dataset(env=TinyEnv()))
+        assert statistics.count == count
+
     def test_without_dataset(self) -> None:
         model = small_model()
         before = parameters_of(model.policy)
@@ -805,6 +845,14 @@ class DiscreteEnv(TinyEnv):
     def __init__(self) -> None:
         super().__init__(action_space=spaces.Discrete(3))
 
+    def test_an_unfinished_offline_phase_is_completed(self, dataset: Any) -> None:
+        model = small_model(dataset=dataset, offline_gradient_steps=6)
+        model.learn(4, callback=lambda locals_, _: locals_["self"].num_timesteps < 2)
+        assert (model._n_offline_updates, model._n_updates) == (2, 0)
+        model.learn(4)
+        assert model._n_offline_updates == 6
+        assert model._n_updates > 0
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -886,6 +934,18 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"use `VecNormalize\(norm_reward=False\)`"):
             small_model(VecNormalize(tiny_envs()), calql=True)
         assert small_model(VecNormalize(tiny_envs(), norm_reward=False), calql=True).calql
+
+    def test_density_ratio_kwargs(self) -> None:
+        with pytest.raises(ValueError, match=r"`density_ratio_kwargs` must be among .*'net_arch'.* got \['lr'"):
+            small_model(density_ratio_kwargs={"lr": 1e-3})
+
+    def test_policy_class(self) -> None:
+        with pytest.raises(ValueError, match="`policy` must be a name or derived from EnsembleCQLPolicy, got SACPolicy"):
+            Off2OnSAC(SACPolicy, "Pendulum-v1")  # type: ignore[arg-type]
+
+    def test_nan(self) -> None:
+        with pytest.raises(ValueError, match="`cql_alpha` must be at least 0, got nan"):
+            small_model(cql_alpha=float("nan"))
 
     def test_dataset_without_environment(self) -> None:
         with pytest.raises(ValueError, match="does not name its environment: make it yourself and pass it as env"):

@@ -1,6 +1,5 @@
 """Balanced experience replay (Lee et al. 2021, Section 4.1): SB3's replay buffer beside a read-only offline dataset."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_off2on.datasets import OfflineDataset
+from sb3_off2on.datasets import OfflineDataset, map_arrays
 
 SCHEMES = ("balanced", "uniform", "online", "offline", "symmetric")
 
@@ -32,13 +31,6 @@ def initial_priority(n_offline: int, n_online: int, fraction: float) -> float:
     if n_online < 1:
         raise ValueError(f"n_online must be at least 1, got {n_online}")
     return n_offline / n_online * fraction / (1.0 - fraction)
-
-
-def _map_arrays(function: Callable[..., Any], *observations: Any) -> Any:
-    """Apply ``function`` to observations: key by key where they are dictionaries, else once."""
-    if isinstance(observations[0], dict):
-        return {key: function(*(obs[key] for obs in observations)) for key in observations[0]}
-    return function(*observations)
 
 
 def _storage(observation_space: spaces.Space) -> Any:
@@ -285,13 +277,13 @@ class BalancedReplayBuffer(ReplayBuffer):
                 f"The dataset {dataset.source!r} has {dataset.observation_space} and {dataset.action_space}, "
                 f"but the buffer has {self.observation_space} and {self.action_space}"
             )
-        info = {"source": dataset.source, "fingerprint": dataset.fingerprint, "n_transitions": len(dataset)}
+        info = dataset.info
         known = self.dataset_info
         is_known = known is not None and known["fingerprint"] == info["fingerprint"]
         if known is not None and self.dataset is None and not is_known:
             raise ValueError(
                 f"The buffer was saved with the dataset {known['source']!r} (fingerprint {known['fingerprint']}), which is "
-                f"not {info['source']!r} (fingerprint {info['fingerprint']})"
+                f"not {info['source']!r} (fingerprint {info['fingerprint']}): attach that dataset, or start a new buffer"
             )
         if self._tree is not None and not is_known:
             online = self._tree.leaves[self.n_offline :]
@@ -460,9 +452,9 @@ class BalancedReplayBuffer(ReplayBuffer):
         is_offline = batch_inds < self.n_offline
         ring = np.divmod(batch_inds[~is_offline] - self.n_offline, self.n_envs)
         fields = [
-            _map_arrays(lambda array: array[ring], self.observations),
+            map_arrays(lambda array: array[ring], self.observations),
             self.actions[ring],
-            _map_arrays(lambda array: array[ring], self.next_observations),
+            map_arrays(lambda array: array[ring], self.next_observations),
             # Only use dones that are not due to timeouts
             self.dones[ring] * (1 - self.timeouts[ring]),
             self.rewards[ring],
@@ -476,13 +468,13 @@ class BalancedReplayBuffer(ReplayBuffer):
 
         if is_offline.any():
             offline_fields = self._offline_rows(batch_inds[is_offline])
-            fields = [_map_arrays(interleave, *parts) for parts in zip(fields, offline_fields, strict=True)]
+            fields = [map_arrays(interleave, *parts) for parts in zip(fields, offline_fields, strict=True)]
         observations, actions, next_observations, dones, rewards = fields
         # Indexing has copied every row already: the tensors can share their memory
         return BalancedReplayBufferSamples(
-            observations=_map_arrays(self._as_tensor, self._normalize_obs(observations, env)),
+            observations=map_arrays(self._as_tensor, self._normalize_obs(observations, env)),
             actions=self._as_tensor(actions),
-            next_observations=_map_arrays(self._as_tensor, self._normalize_obs(next_observations, env)),
+            next_observations=map_arrays(self._as_tensor, self._normalize_obs(next_observations, env)),
             dones=self._as_tensor(dones.reshape(-1, 1)),
             rewards=self._as_tensor(self._normalize_reward(rewards.reshape(-1, 1), env)),
             indices=batch_inds,
@@ -497,10 +489,10 @@ class BalancedReplayBuffer(ReplayBuffer):
         if not self.handle_timeout_termination:
             dones = dones | dataset.truncations[rows]
         return [
-            _map_arrays(lambda frames: frames[dataset.obs_index[rows]], dataset.frames),
+            map_arrays(lambda frames: frames[dataset.obs_index[rows]], dataset.frames),
             # As in SB3's BasePolicy.scale_action(): the online part holds actions scaled to [-1, 1]
             2.0 * ((dataset.actions[rows] - low) / (high - low)) - 1.0,
-            _map_arrays(lambda frames: frames[dataset.next_obs_index[rows]], dataset.frames),
+            map_arrays(lambda frames: frames[dataset.next_obs_index[rows]], dataset.frames),
             dones,
             dataset.rewards[rows],
         ]

@@ -142,7 +142,7 @@ class OfflineDataset:
     @property
     def observations(self) -> Frames:
         """Observations, shape ``(n, *obs_shape)``: gathered anew (a copy) at each access."""
-        return _each(lambda frames: frames[self.obs_index], self.frames)
+        return map_arrays(lambda frames: frames[self.obs_index], self.frames)
 
     @property
     def next_observations(self) -> Frames:
@@ -151,7 +151,7 @@ class OfflineDataset:
 
         A terminated row whose source has no next observation gives its own observation.
         """
-        return _each(lambda frames: frames[self.next_obs_index], self.frames)
+        return map_arrays(lambda frames: frames[self.next_obs_index], self.frames)
 
     @property
     def episode_ends(self) -> np.ndarray:
@@ -221,6 +221,11 @@ class OfflineDataset:
             digest.update(np.ascontiguousarray(frames[chosen]).data)
         return digest.hexdigest()
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is saved in the place of the rows: source, number of transitions and fingerprint."""
+        return {"source": self.source, "n_transitions": len(self), "fingerprint": self.fingerprint}
+
     def make_env(self, **kwargs: Any) -> gym.Env:
         """
         Make the environment that the data comes from.
@@ -257,11 +262,17 @@ class OfflineDataset:
         return replace(self, frames=frames, observation_space=observation_space)
 
 
-def _each(function: Callable[..., Any], *frames: Any) -> Any:
-    """``function`` of arrays, for every key where observations are dictionaries."""
-    if isinstance(frames[0], Mapping):
-        return {key: function(*(part[key] for part in frames)) for key in frames[0]}
-    return function(*frames)
+def map_arrays(function: Callable[..., Any], *observations: Any) -> Any:
+    """
+    Apply a function to observations, key by key where they are dictionaries.
+
+    :param function: takes one array of each of ``observations``
+    :param observations: arrays, or dictionaries of arrays with the same keys
+    :return: what it returns, in a dictionary where ``observations`` are
+    """
+    if isinstance(observations[0], Mapping):
+        return {key: function(*(part[key] for part in observations)) for key in observations[0]}
+    return function(*observations)
 
 
 def _parts(frames: Frames) -> list[np.ndarray]:
@@ -316,7 +327,7 @@ def _checked_frames(frames: Frames, space: Any, source: str, name: str = "observ
             raise ValueError(f"{source}: {name} have the keys {keys}, expected {sorted(space)} as in the observation space.")
         checked = {key: _checked_frames(frames[key], space[key], source, f"{name}[{key!r}]") for key in space}
         if len({len(array) for array in checked.values()}) > 1:
-            raise ValueError(f"{source}: {name} have parts of different lengths: {_each(len, checked)}.")
+            raise ValueError(f"{source}: {name} have parts of different lengths: {map_arrays(len, checked)}.")
         return checked
     array = np.asanyarray(frames)  # a memory map stays one
     if array.shape[1:] != space.shape:
@@ -402,7 +413,7 @@ def _from_minari(dataset: minari.MinariDataset, source: str) -> OfflineDataset:
     def reserved(space: Any) -> np.ndarray:
         return np.empty((n_steps + n_episodes, *space.shape), np.uint8 if space.dtype == np.uint8 else np.float32)
 
-    frames = _each(reserved, dataset.observation_space)
+    frames = map_arrays(reserved, dataset.observation_space)
     actions, rewards = np.empty((n_steps, *dataset.action_space.shape), np.float32), np.empty(n_steps, np.float32)
     terminations, truncations, obs_index = np.empty(n_steps, bool), np.empty(n_steps, bool), np.arange(n_steps)
     episodes = tqdm(dataset.iterate_episodes(), f"Loading {source}", n_episodes, delay=2, disable=None)
@@ -483,13 +494,13 @@ def _from_replay_buffer(buffer: ReplayBuffer, source: str) -> OfflineDataset:
     if buffer.optimize_memory_usage:
         next_observations = unrolled(buffer.observations, (order + 1) % buffer.buffer_size)
     else:
-        next_observations = _each(unrolled, buffer.next_observations)
+        next_observations = map_arrays(unrolled, buffer.next_observations)
     dones, timeouts = unrolled(buffer.dones).astype(bool), unrolled(buffer.timeouts).astype(bool)
     truncations = dones & timeouts
     truncations.reshape(buffer.n_envs, -1)[:, -1:] = True  # each environment's stream stops here; a termination wins
     low, high = buffer.action_space.low, buffer.action_space.high
     fields = {
-        "observations": _each(unrolled, buffer.observations),
+        "observations": map_arrays(unrolled, buffer.observations),
         "next_observations": next_observations,
         # SB3 stores actions flat and scaled to [-1, 1]
         "actions": low + 0.5 * (unrolled(buffer.actions).reshape(-1, *low.shape) + 1.0) * (high - low),
@@ -520,7 +531,7 @@ def _from_fields(arrays: Mapping[str, Any], source: str, present: Iterable[str] 
     for name in fields.keys() - {*_REQUIRED_FIELDS, *_OPTIONAL_FIELDS}:
         if not name.startswith(("infos", "metadata")):  # D4RL's extras; anything else may be a slip of the pen
             raise ValueError(f"{source}: unknown field {name!r}. Known: {', '.join(_REQUIRED_FIELDS + _OPTIONAL_FIELDS)}.")
-    observations, actions = _each(np.asanyarray, fields["observations"]), np.asanyarray(fields["actions"])
+    observations, actions = map_arrays(np.asanyarray, fields["observations"]), np.asanyarray(fields["actions"])
     if "action_space" not in fields and (actions.ndim < 2 or actions.dtype.kind != "f"):
         raise ValueError(
             f"{source}: actions of shape {actions.shape} and dtype {actions.dtype} are not continuous, "
@@ -592,7 +603,7 @@ def _with_next_observations(dataset: OfflineDataset, next_observations: Frames, 
 
     return replace(
         dataset,
-        frames=_each(interleaved, dataset.frames, next_frames),
+        frames=map_arrays(interleaved, dataset.frames, next_frames),
         obs_index=obs_index,
         next_obs_index=obs_index + 1,
         truncations=own if breaks_end else dataset.truncations,
@@ -631,7 +642,7 @@ def _concatenated(parts: list[OfflineDataset]) -> OfflineDataset:
     columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return replace(
         first,
-        frames=_each(lambda *arrays: np.concatenate(arrays), *(part.frames for part in parts)),
+        frames=map_arrays(lambda *arrays: np.concatenate(arrays), *(part.frames for part in parts)),
         obs_index=np.concatenate([part.obs_index + offset for part, offset in zip(parts, offsets, strict=True)]),
         next_obs_index=np.concatenate([part.next_obs_index + offset for part, offset in zip(parts, offsets, strict=True)]),
         **columns,
@@ -717,7 +728,7 @@ def _run_episode(model: Any, env: gym.Env, deterministic: bool, seed: int | None
     space = env.action_space
     assert isinstance(space, spaces.Box)
     observation, _ = env.reset(seed=seed)
-    observations: list[Any] = [_each(np.array, observation)]
+    observations: list[Any] = [map_arrays(np.array, observation)]
     actions: list[np.ndarray] = []
     rewards: list[float] = []
     state, terminated, truncated = None, False, False
@@ -732,14 +743,14 @@ def _run_episode(model: Any, env: gym.Env, deterministic: bool, seed: int | None
         action = np.clip(action, space.low, space.high).astype(space.dtype).reshape(space.shape)
         observation, reward, terminated, truncated, _ = env.step(action)
         # np.array copies: an environment may write each observation into the same memory
-        observations.append(_each(np.array, observation))
+        observations.append(map_arrays(np.array, observation))
         actions.append(action)
         rewards.append(float(reward))
         truncated = bool(truncated) or (len(actions) == max_steps and not terminated)
     ends = np.arange(1, len(actions) + 1) == len(actions)
     return EpisodeBuffer(
         seed=seed,
-        observations=_each(lambda *steps: np.stack(steps), *observations),
+        observations=map_arrays(lambda *steps: np.stack(steps), *observations),
         actions=np.stack(actions),
         rewards=rewards,
         terminations=list(ends & terminated),

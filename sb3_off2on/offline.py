@@ -77,7 +77,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         """
         assert self.replay_buffer is not None
         dataset = load_dataset(dataset).for_spaces(self.observation_space, self.action_space)
-        info = {"source": dataset.source, "n_transitions": len(dataset), "fingerprint": dataset.fingerprint}
+        info = dataset.info
         if self.dataset_info is not None and self.dataset_info["fingerprint"] != info["fingerprint"]:
             raise ValueError(
                 f"`dataset` is not the one this model was trained with: got {info}, expected {self.dataset_info}. "

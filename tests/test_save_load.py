@@ -445,6 +445,22 @@ class TestReplayBuffer:
         with pytest.raises(ValueError, match="BalancedReplayBuffer"):
             model.load_replay_buffer(tmp_path / "buffer.pkl")
 
+    def test_buffer_of_another_environment(self, tmp_path: Path) -> None:
+        small_model(DummyVecEnv([TinyEnv, TinyEnv])).save_replay_buffer(tmp_path / "buffer.pkl")
+        model = small_model()
+        own = model.replay_buffer
+        with pytest.raises(ValueError, match="`action_space=.*load the buffer that belongs to it"):
+            model.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert model.replay_buffer is own
+
+    def test_not_a_buffer(self, tmp_path: Path) -> None:
+        save_to_pkl(tmp_path / "buffer.pkl", {"observations": 0})
+        model = small_model()
+        own = model.replay_buffer
+        with pytest.raises(AssertionError):  # SB3's own
+            model.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert model.replay_buffer is own
+
     def test_checkpoints(self, dataset: Any, tmp_path: Path) -> None:
         """The files of ``CheckpointCallback(save_replay_buffer=True)`` of both phases load, and training goes on."""
         callback = CheckpointCallback(save_freq=3, save_path=str(tmp_path), save_replay_buffer=True)

@@ -1,26 +1,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test commit-checks lint format type imports pytest clean
+.PHONY: demo test commit-checks lint type imports pytest format clean
 
-# A fresh environment with the tested versions. PyTorch on a line of its own, as only it may come from another index
-$(VENV)/installed: pyproject.toml constraints.txt
+# Fresh environments with the tested versions. PyTorch on a line of its own, as only it may come from another index
+$(VENV)/examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(PIP_INSTALL) torch $(TORCH_INDEX)
+	$(PIP_INSTALL) --editable ".[examples]"
+	touch $@
+
+$(VENV)/tests: $(VENV)/examples
 	$(PIP_INSTALL) --editable ".[tests]"
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/examples
 	$(BIN)/python examples/quickstart.py
 
 test: commit-checks
 
 commit-checks: lint type imports pytest
 
-lint type imports pytest format: $(VENV)/installed
+lint type imports pytest format: $(VENV)/tests
 
 lint:
 	$(BIN)/ruff check .

@@ -449,7 +449,7 @@ class TestReplayBuffer:
         small_model(DummyVecEnv([TinyEnv, TinyEnv])).save_replay_buffer(tmp_path / "buffer.pkl")
         model = small_model()
         own = model.replay_buffer
-        with pytest.raises(ValueError, match="`action_space=.*load the buffer that belongs to it"):
+        with pytest.raises(ValueError, match=r"`action_space=.*load the buffer that belongs to it"):
             model.load_replay_buffer(tmp_path / "buffer.pkl")
         assert model.replay_buffer is own
 

@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--online-steps", type=int, default=250_000)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the actor, online")
     parser.add_argument("--qf-learning-rate", type=float, default=3e-4, help="of the critics, online")
+    parser.add_argument("--ent-coef", default="auto", help="online; auto_0.1 learns it from 0.1 on")
     parser.add_argument("--rho", type=float, default=0.75, help="share of online samples in the first update")
     parser.add_argument("--schemes", nargs="+", default=["balanced"], help="replay schemes, each from the same offline agents")
     parser.add_argument("--eval-freq", type=int, default=1000, help="online steps between two evaluations")
@@ -80,6 +81,7 @@ def fine_tune(dataset: OfflineDataset, arguments: argparse.Namespace, path: Path
         env=make_env(dataset),
         learning_rate=arguments.learning_rate,
         qf_learning_rate=arguments.qf_learning_rate,
+        ent_coef=arguments.ent_coef,
         initial_online_fraction=arguments.rho,
         replay_buffer_kwargs={"scheme": scheme},
     )

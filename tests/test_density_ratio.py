@@ -312,9 +312,10 @@ class TestTraining:
     def train(
         self, monkeypatch: pytest.MonkeyPatch, gradient_steps: int, reference: str = "offline", online_fraction: float = 0.75
     ) -> tuple[Any, Spy]:
-        """The online rows are there, and an update would be due; from here on everything is watched."""
+        """The online rows are there, without an update yet; from here on everything is watched."""
         model = make_model(
             dataset=make_dataset(),
+            gradient_steps=0,
             policy_kwargs={"ensemble_size": 2},
             density_ratio_kwargs={"net_arch": (16, 16), "reference": reference, "learning_rate": 0.01},
             initial_online_fraction=online_fraction,

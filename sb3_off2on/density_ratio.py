@@ -4,7 +4,6 @@ made from it: one network and pure functions.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch as th
 from gymnasium import spaces
@@ -63,9 +62,6 @@ class DensityRatio(BaseModel):
         assert isinstance(self.features_extractor, BaseFeaturesExtractor)
         features = self.extract_features(obs, self.features_extractor)
         return th.relu(self.ratio(th.cat([features, actions], dim=1))).squeeze(1)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        raise NotImplementedError("The density ratio is saved with its model: use `model.save()`")
 
 
 def density_ratio_loss(ratio_online: th.Tensor, ratio_reference: th.Tensor) -> th.Tensor:

@@ -939,6 +939,15 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"`density_ratio_kwargs` must be among .*'net_arch'.* got \['lr'"):
             small_model(density_ratio_kwargs={"lr": 1e-3})
 
+    def test_new_members_start_afresh(self, dataset: Any) -> None:
+        """Moments of the optimizers and the entropy coefficient belong to the parameters that were there before."""
+        model = small_model(dataset=dataset)
+        model.learn_offline(gradient_steps=3)
+        assert model.offline_log_ent_coef[0].item() != 0.0
+        model.set_member(0, model.get_member(0))
+        assert model.offline_log_ent_coef[0].item() == 0.0
+        assert not any(network.optimizer.state for network in (model.actor, model.critic))
+
     def test_policy_class(self) -> None:
         with pytest.raises(ValueError, match="`policy` must be a name or derived from EnsembleCQLPolicy, got SACPolicy"):
             Off2OnSAC(SACPolicy, "Pendulum-v1")  # type: ignore[arg-type]

@@ -365,6 +365,17 @@ class TestSharedFeaturesExtractor:
         with th.no_grad():
             assert not ensemble.critic.extract_member_features(observations("cnn", 2)).requires_grad
 
+    def test_member_with_two_extractors_does_not_fit_a_shared_one(self) -> None:
+        """Actor and critic of the member would have to be the same there; nothing is written."""
+        ensemble = make_ensemble("cnn", share_features_extractor=True)
+        before = ensemble.get_member(0)
+        member = make_ensemble("cnn", share_features_extractor=False).get_member(0)
+        with pytest.raises(ValueError, match=r"differ in 'features_extractor.*shared with `share_features_extractor=True`"):
+            ensemble.set_member(0, member)
+        for network, state in ensemble.get_member(0).items():
+            for name, value in state.items():
+                assert th.equal(value, before[network][name])
+
 
 class TestMomentMatching:
     def test_against_numpy(self) -> None:

@@ -404,20 +404,26 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-            # Means over the members and their critics; the logger averages until the next dump
-            self.logger.record_mean("offline/critic_loss", critic_loss.item() / (ensemble_size * self.critic.n_critics))
-            self.logger.record_mean("offline/td_loss", td_loss.mean().item())
-            self.logger.record_mean("offline/cql_gap", gap.mean().item())
-            self.logger.record_mean("offline/q_data", current_q_values.mean().item())
-            self.logger.record_mean("offline/q_pi", min_qf_pi.mean().item())
-            self.logger.record_mean("offline/actor_loss", actor_loss.item() / ensemble_size)
-            self.logger.record_mean("offline/ent_coef", ent_coef.mean().item())
-            self.logger.record_mean("offline/entropy", -log_prob.mean().item())
+            # Means over the members and their critics
+            means = {
+                "critic_loss": critic_loss / (ensemble_size * self.critic.n_critics),
+                "td_loss": td_loss.mean(),
+                "cql_gap": gap.mean(),
+                "q_data": current_q_values.mean(),
+                "q_pi": min_qf_pi.mean(),
+                "actor_loss": actor_loss / ensemble_size,
+                "ent_coef": ent_coef.mean(),
+                "entropy": -log_prob.mean(),
+            }
+            for name, value in means.items():
+                # The logger averages until the next dump. Tensors, which `dump_logs()` reads: a number would make an
+                # accelerator finish each update first
+                self.logger.record_mean(f"offline/{name}", value.detach())  # type: ignore[arg-type]
 
         self.logger.record("offline/learning_rate", learning_rate)
         self.logger.record("offline/qf_learning_rate", qf_learning_rate)
         if self.cql_target_action_gap is not None:
-            self.logger.record("offline/cql_weight", cql_weight.mean().item())
+            self.logger.record("offline/cql_weight", cql_weight.mean())
 
     def _sample_cql_actions(
         self, dist_params: tuple[th.Tensor, th.Tensor], next_dist_params: tuple[th.Tensor, th.Tensor]
@@ -549,11 +555,11 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 ent_coef = th.exp(self.log_ent_coef.detach())
                 assert isinstance(self.target_entropy, float)
                 ent_coef_loss = -(self.log_ent_coef * (log_prob + self.target_entropy).detach()).mean()
-                ent_coef_losses.append(ent_coef_loss.item())
+                ent_coef_losses.append(ent_coef_loss.detach())
             else:
                 ent_coef = self.ent_coef_tensor
 
-            ent_coefs.append(ent_coef.item())
+            ent_coefs.append(ent_coef)
 
             # Optimize entropy coefficient, also called
             # entropy temperature or alpha in the paper
@@ -587,7 +593,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Compute critic loss (line 17): the mean over the batch, the sum over all networks
             td_errors = current_q_values - target_q_values
             critic_loss = 0.5 * (td_errors.pow(2) + self.cql_alpha_online * gap).mean(dim=2).sum()
-            critic_losses.append(critic_loss.item())
+            critic_losses.append(critic_loss.detach())
 
             # Optimize the critic
             self.critic.optimizer.zero_grad()
@@ -599,7 +605,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi)
             mean_qf_pi = q_values_pi.min(dim=1).values.mean(dim=0)  # (batch_size,)
             actor_loss = (ent_coef * log_prob - mean_qf_pi).mean()
-            actor_losses.append(actor_loss.item())
+            actor_losses.append(actor_loss.detach())
 
             # Optimize the actor
             self.actor.optimizer.zero_grad()
@@ -620,18 +626,19 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/qf_learning_rate", qf_learning_rate)
-        self.logger.record("train/ent_coef", np.mean(ent_coefs))
-        self.logger.record("train/actor_loss", np.mean(actor_losses))
-        self.logger.record("train/critic_loss", np.mean(critic_losses))
+        self.logger.record("train/ent_coef", th.stack(ent_coefs).mean().item())
+        self.logger.record("train/actor_loss", th.stack(actor_losses).mean().item())
+        self.logger.record("train/critic_loss", th.stack(critic_losses).mean().item())
         if len(ent_coef_losses) > 0:
-            self.logger.record("train/ent_coef_loss", np.mean(ent_coef_losses))
+            self.logger.record("train/ent_coef_loss", th.stack(ent_coef_losses).mean().item())
         if len(density_ratio_losses) > 0:
-            self.logger.record("density_ratio/loss", np.mean(density_ratio_losses))
+            self.logger.record("density_ratio/loss", th.stack(density_ratio_losses).mean().item())
+            self.logger.record("replay/effective_sample_size", self.replay_buffer.effective_sample_size())
             self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
         if self.dataset is not None:
             self.logger.record("replay/offline_fraction", np.mean(offline_fractions))
 
-    def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, float]:
+    def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, th.Tensor]:
         """
         One step on Eq. 4.
 
@@ -650,7 +657,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.density_ratio.optimizer.zero_grad()
         loss.backward()
         self.density_ratio.optimizer.step()
-        return reference_data, loss.item()
+        return reference_data, loss.detach()
 
     def _update_priorities(
         self, replay_data: BalancedReplayBufferSamples, reference_data: BalancedReplayBufferSamples

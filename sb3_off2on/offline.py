@@ -4,6 +4,7 @@ import math
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
@@ -414,6 +415,13 @@ class OfflineToOnline(OffPolicyAlgorithm):
         )
         # The first rollout can be longer than a short learn()
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def dump_logs(self) -> None:
+        """SB3's. Losses were recorded as tensors, which an accelerator may be computing until they are read here."""
+        for key, value in self.logger.name_to_value.items():
+            if isinstance(value, th.Tensor) and value.ndim == 0:
+                self.logger.name_to_value[key] = value.item()
+        super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + self._dataset_params

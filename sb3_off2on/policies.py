@@ -87,9 +87,34 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
         return nn.Sequential(*(stack_modules(layers) for layers in zip(*modules, strict=True)))
     if isinstance(first, nn.Linear) and first.bias is not None:
         return EnsembleLinear(modules)  # type: ignore[arg-type]
+    if type(first) is nn.ReLU:
+        # Its input is always a linear layer's output, which nobody else reads: no second tensor of that size
+        return nn.ReLU(inplace=True)
     if not first.state_dict():
         return first
     return EnsembleModule(modules)
+
+
+def run_one(stacked: nn.Module, index: int, x: th.Tensor) -> th.Tensor:
+    """
+    One of the networks that ``stack_modules`` made one module of. Without gradient.
+
+    :param stacked: what ``stack_modules`` returned
+    :param index: which of them
+    :param x: shape ``(batch_size, in_features)``
+    :return: shape ``(batch_size, out_features)``
+    """
+    if isinstance(stacked, nn.Sequential):
+        for layer in stacked:
+            x = run_one(layer, index, x)
+        return x
+    if isinstance(stacked, EnsembleLinear):
+        # In place, as the product is still in the cache
+        return (x @ stacked.weight[index].T).add_(stacked.bias[index])
+    if isinstance(stacked, EnsembleModule):
+        state = {name: value[index] for name, value in stacked.template.state_dict().items()}
+        return functional_call(stacked.template, state, (x,))
+    return stacked(x)
 
 
 def member_features(network: BaseModel, obs: PyTorchObs, ensemble_size: int, per_member: bool) -> th.Tensor:
@@ -250,22 +275,23 @@ class EnsembleCritic(BaseModel):
 
     def q_values_of_many(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        Q-values of several actions at each state; on a CPU in pieces that fit the cache.
+        Q-values of several actions at each state. Without gradient and on a CPU, where nearly all of CQL's arithmetic is,
+        network by network and in pieces that fit the cache: the same values in half the time.
 
         :param features: shape ``(ensemble_size, batch_size, features_dim)``
         :param actions: in [-1, 1], shape ``(ensemble_size, n_actions, batch_size, action_dim)``
         :return: shape ``(ensemble_size, n_critics, n_actions, batch_size)``
         """
-        n_at_once = actions.shape[1]
-        if actions.device.type == "cpu":
-            n_at_once = max(1, MAX_ROWS_AT_ONCE // features.shape[1])
-        pieces = []
-        for piece in actions.split(n_at_once, dim=1):
-            n_actions = piece.shape[1]
-            repeated = features.unsqueeze(1).expand(-1, n_actions, -1, -1).flatten(1, 2)
-            q_values = self.q_values(repeated, piece.flatten(1, 2).unsqueeze(1))
-            pieces.append(q_values.unflatten(2, (n_actions, -1)))
-        return th.cat(pieces, dim=2)
+        n_actions, batch_size = actions.shape[1:3]
+        shape = (self.ensemble_size, self.n_critics, n_actions, batch_size)
+        features = features.unsqueeze(1).expand(-1, n_actions, -1, -1)
+        if th.is_grad_enabled() or actions.device.type != "cpu":
+            return self.q_values(features.flatten(1, 2), actions.flatten(1, 2).unsqueeze(1)).view(shape)
+        q_values = []
+        for index, q_input in enumerate(th.cat([features, actions], dim=-1).flatten(1, 2)):
+            for network in range(index * self.n_critics, (index + 1) * self.n_critics):
+                q_values += [run_one(self.qf, network, rows) for rows in q_input.split(MAX_ROWS_AT_ONCE)]
+        return th.cat(q_values).view(shape)
 
     def member_q_values(self, obs: PyTorchObs, actions: th.Tensor, per_member: bool = False) -> th.Tensor:
         """

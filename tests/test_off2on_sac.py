@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import ACTION_DIM, OBS_DIM, make_dataset, make_model
+from plain_cql import PlainCQL
 from stable_baselines3 import SAC
 
 from sb3_off2on.buffers import BalancedReplayBufferSamples
@@ -83,6 +84,33 @@ class TestAgainstSAC:
 
 
 class TestOfflinePhase:
+    def test_one_member_is_plain_cql(self, float64_preprocessing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One member, the full gradient: same weights, batch and noise give the update of CQL's paper, in float64."""
+        rate = 3e-4
+        plain = make_model(PlainCQL, double=True, learning_rate=rate)
+        ours = make_model(
+            double=True,
+            policy_kwargs={"ensemble_size": 1},
+            dataset=make_dataset(),
+            cql_sampled_gradient=False,
+            offline_learning_rate=rate,
+            offline_qf_learning_rate=rate,
+        )
+        ours.policy.set_member(0, {name: getattr(plain, name).state_dict() for name in ("actor", "critic", "critic_target")})
+        for step in range(3):
+            batch = random_batch(32, seed=step)
+            plain.replay_buffer.sample = lambda *args, batch=batch, **kwargs: batch
+            ours.replay_buffer.sample_offline = lambda *args, batch=batch, **kwargs: batch
+            th.manual_seed(step)
+            plain.train(gradient_steps=1, batch_size=32)
+            th.manual_seed(step)
+            ours.train_offline(gradient_steps=1, batch_size=32)
+        member = ours.policy.get_member(0)
+        for network in ("actor", "critic", "critic_target"):
+            for name, value in getattr(plain, network).state_dict().items():
+                np.testing.assert_allclose(member[network][name].numpy(), value.numpy(), rtol=0, atol=1e-9, err_msg=name)
+        assert ours.offline_log_ent_coef.item() == pytest.approx(plain.log_ent_coef.item(), abs=1e-12)
+
     @pytest.mark.parametrize(
         "kwargs", [{}, {"cql_sampled_gradient": False}, {"cql_target_action_gap": 0.5}, {"ent_coef": 0.1}]
     )

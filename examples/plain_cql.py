@@ -1,6 +1,6 @@
 """
-One CQL(H) agent as its paper states it (Kumar et al. 2020), on SB3's SAC: plain networks in a loop, every sampled action in the
-graph. The offline phase of ``Off2OnSAC`` is tested and timed against it.
+One CQL(H) agent as its paper states it (Kumar et al. 2020), on SB3's SAC: plain networks in a loop, every sampled action in
+the graph. The offline phase of ``Off2OnSAC`` is tested and timed against it.
 """
 
 import math
@@ -12,8 +12,8 @@ from stable_baselines3.common.utils import polyak_update
 
 class PlainCQL(SAC):
     """
-    SAC whose ``train()`` is a CQL(H) update with the weights of the published code: the squared TD error is not halved, and the
-    backup has no entropy.
+    SAC whose ``train()`` is a CQL(H) update with the weights of the published code: the squared TD error is not halved, and
+    the backup has no entropy.
     """
 
     cql_alpha = 5.0

@@ -21,6 +21,7 @@ class PlainCQL(SAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         assert self.ent_coef_optimizer is not None
+        assert self.log_ent_coef is not None
         assert isinstance(self.target_entropy, float)
         n, action_dim = self.cql_n_actions, self.action_space.shape[0]  # type: ignore[index]
         for _ in range(gradient_steps):

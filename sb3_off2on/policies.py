@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
 MAX_ROWS_AT_ONCE = 1024
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class EnsembleLinear(nn.Module):
@@ -40,6 +41,15 @@ class EnsembleLinear(nn.Module):
         :return: shape ``(n_members, batch_size, out_features)``
         """
         return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class EnsembleSequential(nn.Sequential):
+    """``nn.Sequential`` with a frame of its own, as ``th.compile`` does not look into those of PyTorch's containers."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class EnsembleModule(nn.Module):
@@ -84,7 +94,7 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     """
     first = modules[0]
     if isinstance(first, nn.Sequential):
-        return nn.Sequential(*(stack_modules(layers) for layers in zip(*modules, strict=True)))
+        return EnsembleSequential(*(stack_modules(layers) for layers in zip(*modules, strict=True)))
     if isinstance(first, nn.Linear) and first.bias is not None:
         return EnsembleLinear(modules)  # type: ignore[arg-type]
     if type(first) is nn.ReLU:
@@ -340,15 +350,25 @@ class EnsembleCQLPolicy(SACPolicy):
     :param args: those of SB3's ``SACPolicy``
     :param ensemble_size: number of members N
     :param critic_layer_norm: whether every hidden layer of the critics is followed by a layer norm
+    :param compile_mode: compile the stacked networks with ``th.compile`` in this mode, e.g. ``"default"``, or
+        ``"reduce-overhead"`` for CUDA graphs; ``None`` for no compilation
     :param kwargs: those of SB3's ``SACPolicy``, without gSDE's
-    :raises ValueError: if ``ensemble_size`` or ``n_critics`` is below 1, or an argument of gSDE is given
+    :raises ValueError: if ``ensemble_size`` or ``n_critics`` is below 1, ``compile_mode`` is unknown, or an argument of gSDE
+        is given
     """
 
     actor: EnsembleActor
     critic: EnsembleCritic  # type: ignore[assignment]
     critic_target: EnsembleCritic  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, ensemble_size: int = 5, critic_layer_norm: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        ensemble_size: int = 5,
+        critic_layer_norm: bool = False,
+        compile_mode: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(ensemble_size, bool) or not isinstance(ensemble_size, int) or ensemble_size < 1:
             raise ValueError(f"`ensemble_size` must be an integer of at least 1, got {ensemble_size!r}")
         n_critics = kwargs.get("n_critics", 2)
@@ -360,6 +380,8 @@ class EnsembleCQLPolicy(SACPolicy):
                 "(Eq. 5 of the paper), and gSDE's noise, which depends on one actor's features, has no such mixture. "
                 "Use `action_noise` for more exploration"
             )
+        if compile_mode is not None and compile_mode not in COMPILE_MODES:
+            raise ValueError(f"`compile_mode` must be None or one of {', '.join(COMPILE_MODES)}, got {compile_mode!r}")
         for name in ("log_std_init", "use_expln", "clip_mean"):
             if name in kwargs:
                 raise ValueError(f"`{name}` only has a meaning with gSDE (`use_sde=True`), which is not supported: remove it")
@@ -370,7 +392,13 @@ class EnsembleCQLPolicy(SACPolicy):
             kwargs["optimizer_kwargs"] = {"fused": True, **optimizer_kwargs}
         self.ensemble_size = ensemble_size
         self.critic_layer_norm = critic_layer_norm
+        self.compile_mode = compile_mode
         super().__init__(*args, **kwargs)
+        if compile_mode is not None:
+            # Both phases, predictions and evaluations make a dozen kinds of call, above Dynamo's limit of 8 for a function
+            th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, 32)
+            for network in (self.actor.latent_pi, self.critic.qf, self.critic_target.qf):
+                network.compile(mode=compile_mode)  # in place: parameters keep their names
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> EnsembleActor:
         members = [super(EnsembleCQLPolicy, self).make_actor(features_extractor) for _ in range(self.ensemble_size)]
@@ -472,6 +500,7 @@ class EnsembleCQLPolicy(SACPolicy):
         data["share_features_extractor"] = self.share_features_extractor
         data["ensemble_size"] = self.ensemble_size
         data["critic_layer_norm"] = self.critic_layer_norm
+        data["compile_mode"] = self.compile_mode
         return data
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers import make_dataset, parameters_of, small_model
 from stable_baselines3 import SAC
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ContinuousCritic
@@ -833,3 +834,35 @@ class TestSaving:
         assert make_ensemble("multi").features_extractor_class is CombinedExtractor
         kwargs: dict[str, Any] = {"features_extractor_class": SmallCNN, "features_extractor_kwargs": {}}
         assert make_ensemble("cnn", **kwargs).features_extractor_class is SmallCNN
+
+
+class TestCompile:
+    def test_same_update(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both phases, with the compiler's front end alone: a bare machine has no C++ compiler."""
+        compiled = []
+
+        def compile_without_backend(function: Any, mode: str) -> Any:
+            compiled.append(mode)
+            return th_compile(function, backend="eager")
+
+        th_compile = th.compile
+        monkeypatch.setattr(th, "compile", compile_without_backend)
+        models = [
+            small_model(dataset=make_dataset(), policy_kwargs={"compile_mode": mode}) for mode in (None, "reduce-overhead")
+        ]
+        assert compiled == 3 * ["reduce-overhead"]
+        for model in models:
+            model.set_random_seed(0)
+            model.learn_offline(gradient_steps=2).learn(8)
+        plain, other = (parameters_of(model.policy) for model in models)
+        for name, value in plain.items():
+            assert_close(other[name], value)
+
+    def test_saved_and_loaded(self, tmp_path: Path) -> None:
+        model = small_model(policy_kwargs={"compile_mode": "default"})
+        model.save(tmp_path / "model")
+        assert Off2OnSAC.load(tmp_path / "model").policy.compile_mode == "default"
+
+    def test_unknown_mode(self) -> None:
+        with pytest.raises(ValueError, match=r"`compile_mode` must be None or one of default, .*, got 'fast'"):
+            make_ensemble(compile_mode="fast")

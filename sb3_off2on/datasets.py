@@ -349,7 +349,9 @@ def _check_finite(array: np.ndarray, what: str) -> None:
             raise ValueError(f"{what} hold {array[(row, *bad[0][1:])]} in row {row}: repair or remove that row.")
 
 
-def load_dataset(source: Any, *, download: bool = False, allow_pickle: bool = False) -> OfflineDataset:
+def load_dataset(
+    source: Any, *, download: bool = False, allow_pickle: bool = False, memory_map: str | os.PathLike[str] | None = None
+) -> OfflineDataset:
     """
     Load offline data from anything that usually holds some.
 
@@ -374,14 +376,25 @@ def load_dataset(source: Any, *, download: bool = False, allow_pickle: bool = Fa
     :param source: see above
     :param download: download an unknown Minari id
     :param allow_pickle: load ``.pkl`` files. Only for files that you trust: a pickle can run any code
+    :param memory_map: a folder, for the observations of a Minari dataset that do not fit into memory: they are written there
+        as ``.npy`` files and read from these, batch by batch. It is needed as long as the dataset is in use
     :raises ValueError: if the source is unknown, missing or not what it should be; see also :class:`OfflineDataset`
     """
+    if memory_map is not None:
+        if not isinstance(source, minari.MinariDataset) and (not isinstance(source, (str, os.PathLike)) or _is_file(source)):
+            raise ValueError(
+                f"`memory_map` is for a Minari dataset, got a {type(source).__name__}. Arrays of "
+                "np.load(..., mmap_mode='r') stay memory-mapped anyway; several datasets can be joined with "
+                "minari.combine_datasets()."
+            )
+        memory_map = Path(memory_map)
+        memory_map.mkdir(parents=True, exist_ok=True)
     if isinstance(source, OfflineDataset):
         return source
     if isinstance(source, (list, tuple)):
         return _concatenated([load_dataset(part, download=download, allow_pickle=allow_pickle) for part in source])
     if isinstance(source, minari.MinariDataset):
-        return _from_minari(source, source.id)
+        return _from_minari(source, source.id, memory_map)
     if isinstance(source, ReplayBuffer):
         return _from_replay_buffer(source, type(source).__name__)
     if isinstance(source, Mapping):
@@ -389,29 +402,41 @@ def load_dataset(source: Any, *, download: bool = False, allow_pickle: bool = Fa
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"Cannot load a dataset from a {type(source).__name__}. A source is {_SOURCES}.")
     path, name = Path(source), os.fspath(source)
-    if path.suffix in (".hdf5", ".h5", ".npz", ".pkl") or path.is_file():
+    if _is_file(path):
         return _from_file(path, allow_pickle)
     for folder in (path / "data", path):
         if (folder / "metadata.json").is_file():
-            return _from_minari(minari.MinariDataset(folder), name)
+            return _from_minari(minari.MinariDataset(folder), name, memory_map)
     if isinstance(source, os.PathLike) or path.is_dir():
         raise ValueError(f"No Minari dataset in the folder {name}: it has no data/metadata.json.")
     try:
-        return _from_minari(minari.load_dataset(name, download=download), name)
+        dataset = minari.load_dataset(name, download=download)
     except FileNotFoundError:
         known = ", ".join(list(minari.list_local_datasets())[:5]) or "none"
         raise ValueError(
             f"No Minari dataset {name!r} in {get_dataset_path()} (there are: {known}). Download it with download=True or "
             f"`minari download {name}`. Apart from an id, a source is {_SOURCES}."
         ) from None
+    return _from_minari(dataset, name, memory_map)
 
 
-def _from_minari(dataset: minari.MinariDataset, source: str) -> OfflineDataset:
+def _is_file(source: str | os.PathLike[str]) -> bool:
+    return Path(source).suffix in (".hdf5", ".h5", ".npz", ".pkl") or Path(source).is_file()
+
+
+def _from_minari(dataset: minari.MinariDataset, source: str, memory_map: Path | None = None) -> OfflineDataset:
     _check_spaces(dataset.observation_space, dataset.action_space, source)
     n_steps, n_episodes, start = dataset.total_steps, dataset.total_episodes, 0
+    n_parts = 0
 
     def reserved(space: Any) -> np.ndarray:
-        return np.empty((n_steps + n_episodes, *space.shape), np.uint8 if space.dtype == np.uint8 else np.float32)
+        shape, dtype = (n_steps + n_episodes, *space.shape), np.uint8 if space.dtype == np.uint8 else np.float32
+        if memory_map is None:
+            return np.empty(shape, dtype)
+        nonlocal n_parts
+        path, n_parts = memory_map / f"observations_{n_parts}.npy", n_parts + 1
+        path.unlink(missing_ok=True)  # whoever still reads an old file keeps it
+        return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
     frames = map_arrays(reserved, dataset.observation_space)
     actions, rewards = np.empty((n_steps, *dataset.action_space.shape), np.float32), np.empty(n_steps, np.float32)
@@ -432,6 +457,8 @@ def _from_minari(dataset: minari.MinariDataset, source: str) -> OfflineDataset:
         terminations[rows], truncations[rows] = episode.terminations, episode.truncations
         truncations[rows.stop - 1] = True  # where the episode is open; a termination wins
         start = rows.stop
+    if memory_map is not None:
+        frames = map_arrays(lambda part: np.load(part.filename, mmap_mode="r"), frames)
     columns = (frames, obs_index, obs_index + 1, actions, rewards, terminations, truncations)
     details = (dataset.observation_space, dataset.action_space, dataset.env_spec)
     scores = (dataset.storage.metadata.get("ref_min_score"), dataset.storage.metadata.get("ref_max_score"))

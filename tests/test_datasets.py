@@ -197,6 +197,43 @@ def test_minari_dict_and_image_observations():
             np.testing.assert_array_equal(next_observations[key][i], observe(number, t + 1)[key])
 
 
+@pytest.mark.parametrize("how", ["id", "dataset", "folder"])
+def test_minari_memory_map(how, minari_root, tmp_path):
+    """The same dataset, whose observations stay on disk."""
+    space = spaces.Dict({"state": OBS_SPACE, "image": spaces.Box(0, 255, (4, 5, 3), np.uint8)})
+
+    def observe(episode, t):
+        return {"state": np.array(observation(episode, t)), "image": np.full((4, 5, 3), 10 * episode + t, np.uint8)}
+
+    made = make_minari(obs_space=space, observe=observe)
+    source = {"id": "test/rows-v0", "dataset": made, "folder": minari_root / "test" / "rows-v0"}[how]
+    expected, dataset = load_dataset(source), load_dataset(source, memory_map=tmp_path / "new" / "frames")
+    assert dataset.fingerprint == expected.fingerprint
+    assert sorted(path.name for path in (tmp_path / "new" / "frames").iterdir()) == [
+        "observations_0.npy",
+        "observations_1.npy",
+    ]
+    for key, part in dataset.frames.items():  # type: ignore[union-attr]
+        assert isinstance(part, np.memmap)
+        assert not part.flags.writeable
+        np.testing.assert_array_equal(part, expected.frames[key])
+
+
+def test_memory_map_in_the_same_folder(tmp_path):
+    """A dataset that is in use keeps the files that another one replaces."""
+    first = load_dataset(make_minari(), memory_map=tmp_path / "frames")
+    load_dataset(make_minari("test/other-v0", EPISODES[2:]), memory_map=tmp_path / "frames")
+    check(first, closed(make_rows()))
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "file"])
+def test_memory_map_is_for_minari(kind, tmp_path):
+    sources = {"dict": make_arrays(make_rows()), "list": [make_minari()], "file": str(tmp_path / "a.npz")}
+    with pytest.raises(ValueError, match=r"`memory_map` is for a Minari dataset, got a (dict|list|str)"):
+        load_dataset(sources[kind], memory_map=tmp_path / "frames")
+    assert not (tmp_path / "frames").exists()
+
+
 def test_minari_reference_scores_and_environment():
     spec = gym.spec("Pendulum-v1")
     dataset = load_dataset(make_minari("a-v0", env=spec, action_space=spaces.Box(-2, 2, (1,)), obs_space=OBS_SPACE))

@@ -209,10 +209,8 @@ def test_minari_memory_map(how, minari_root, tmp_path):
     source = {"id": "test/rows-v0", "dataset": made, "folder": minari_root / "test" / "rows-v0"}[how]
     expected, dataset = load_dataset(source), load_dataset(source, memory_map=tmp_path / "new" / "frames")
     assert dataset.fingerprint == expected.fingerprint
-    assert sorted(path.name for path in (tmp_path / "new" / "frames").iterdir()) == [
-        "observations_0.npy",
-        "observations_1.npy",
-    ]
+    files = sorted(path.name for path in (tmp_path / "new" / "frames").iterdir())
+    assert files == ["observations_0.npy", "observations_1.npy"]
     for key, part in dataset.frames.items():  # type: ignore[union-attr]
         assert isinstance(part, np.memmap)
         assert not part.flags.writeable

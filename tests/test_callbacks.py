@@ -286,12 +286,17 @@ class TestActionAUROC:
     def test_training_is_the_same_without(self, dataset: Any) -> None:
         """To the last bit, in both phases."""
         states: list[Any] = []
+        modes: list[Any] = []
         policy_kwargs = {"features_extractor_class": DropoutExtractor}
-        for callback in (None, ActionAUROCCallback(eval_freq=1, batch_size=4, n_actions=2)):
+        for callbacks in ([], [ActionAUROCCallback(eval_freq=1, batch_size=4, n_actions=2)]):
             model = small_model(CalmEnv(), dataset=dataset, offline_gradient_steps=4, policy_kwargs=policy_kwargs)
-            model.learn(8, callback=callback)
+            recorder = Recorder(lambda model: model.policy.training)
+            model.learn(8, callback=[*callbacks, recorder])
             states.append(saved_state(model))
+            modes.append(recorder.steps)
         assert_same(*states)
+        assert modes[0] == modes[1]
+        assert set(modes[0]) == {True, False}
 
     def test_own_seed(self, dataset: Any) -> None:
         values = []
@@ -449,13 +454,19 @@ class TestCollapseGuard:
         assert kwargs == {"n_eval_episodes": 1, "deterministic": False, "warn": True}
         assert guard.threshold == -8.0
 
-        # Another offline phase (of which the guard takes no notice), another policy handed over
-        model.learn(3, callback=callback)
-        model.learn_offline(gradient_steps=1, callback=callback)
+        # Another offline phase, of which the guard takes no notice, and another policy handed over
+        model.learn(3, callback=[Wreck({1}), callback])
+        assert guard.n_restores == 1
+        n_evaluations = guard.n_calls
+        model.learn_offline(gradient_steps=3, callback=[Wreck({1}), callback])
+        assert guard.n_calls == n_evaluations + 1
+        assert callback.last_mean_reward < guard.threshold
+        assert guard.n_restores == 1
         assert len(calls) == 1
         model.learn(3, callback=[callback, recorder])
         assert len(calls) == 2
         assert_same(calls[1][0], recorder.starts[2])
+        assert guard.n_restores == 0
 
     def test_goes_on_in_the_next_learn(self, dataset: Any) -> None:
         """What it knows from the first one is still there after the second initialisation."""
@@ -515,13 +526,16 @@ class TestCollapseGuard:
     def test_last_restore_ends_the_training(self, dataset: Any, capsys: pytest.CaptureFixture) -> None:
         model = calm_model(dataset)
         guard = CollapseGuardCallback(floor=-10, max_restores=2)
-        recorder = Recorder(state_of)
-        model.learn(100, callback=[Wreck({6, 12}), evaluation(guard), recorder])
+        callbacks: list[BaseCallback] = [Wreck({6, 12}), evaluation(guard), Recorder(state_of)]
+        model.learn(100, callback=callbacks)
         assert model.num_timesteps == 12
-        assert_same(state_of(model), recorder.steps[8])
+        assert_same(state_of(model), callbacks[2].steps[8])  # type: ignore[attr-defined]
         assert "fell below -7.5" in (out := capsys.readouterr().out)
         assert "(restore 1 of 2)" in out
         assert "(restore 2 of 2)" in out
+        # Asked to go on, it only stops at another fall
+        model.learn(6, callback=callbacks, reset_num_timesteps=False)
+        assert model.num_timesteps == 18
 
     def test_beside_another_callback(self, dataset: Any) -> None:
         model = calm_model(dataset)
@@ -552,6 +566,16 @@ class TestCollapseGuard:
         with pytest.warns(UserWarning, match=rf"`eval_freq={eval_freq}` asks for no evaluation in the {n_calls} calls"):
             model.learn(6, callback=evaluation(guard, eval_freq=eval_freq))
         assert guard.n_calls == 0
+
+    def test_evaluations_between_several_learns(self, dataset: Any) -> None:
+        model = calm_model(dataset)
+        guard = CollapseGuardCallback(floor=-20)
+        callback = evaluation(guard, eval_freq=6)
+        with pytest.warns(UserWarning, match=r"no evaluation in the 4 calls"):
+            model.learn(4, callback=callback)
+        # Warnings of the package are errors: the second one has the sixth call
+        model.learn(4, callback=callback, reset_num_timesteps=False)
+        assert guard.n_calls == 1
 
     def test_warns_where_nothing_can_be_lost(self, dataset: Any) -> None:
         model = calm_model(dataset)

@@ -285,11 +285,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if self.dataset is None:
             raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
 
+        tb_log_name = tb_log_name or signature(self.learn).parameters["tb_log_name"].default
         total_timesteps, callback = self._setup_learn(
             gradient_steps,
             callback,
             reset_num_timesteps=self.num_timesteps == 0,
-            tb_log_name=tb_log_name or signature(self.learn).parameters["tb_log_name"].default,
+            tb_log_name=tb_log_name,
             progress_bar=progress_bar,
         )
         # What SB3's callbacks read in `locals`: no episode ends here

@@ -5,9 +5,11 @@ from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -20,6 +22,18 @@ from sb3_off2on.buffers import BalancedReplayBuffer
 from sb3_off2on.datasets import OfflineDataset, load_dataset
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
+
+
+class TensorReader(KVWriter):
+    """
+    First output of a logger, which turns recorded tensors into numbers for those behind it. So an accelerator need not finish
+    each update before the next begins, and whoever dumps the logs, a callback too, writes scalars.
+    """
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        for key, value in key_values.items():
+            if isinstance(value, th.Tensor) and value.ndim == 0:
+                key_values[key] = value.item()
 
 
 class OfflineToOnline(OffPolicyAlgorithm):
@@ -51,7 +65,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
     def train_offline(self, gradient_steps: int, batch_size: int) -> None:
         """
-        Sample the dataset and do the updates of the offline phase, counted in ``_n_offline_updates``.
+        Sample the dataset and do the updates of the offline phase, counted in ``_n_offline_updates``. What it logs may be
+        tensors without dimensions.
 
         :param gradient_steps: number of updates
         :param batch_size: rows per update (and member)
@@ -293,6 +308,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
             tb_log_name=tb_log_name,
             progress_bar=progress_bar,
         )
+        if not any(isinstance(output, TensorReader) for output in self.logger.output_formats):
+            self.logger.output_formats.insert(0, TensorReader())
         # What SB3's callbacks read in `locals`: no episode ends here
         dones: np.ndarray = np.zeros(self.n_envs, dtype=bool)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
@@ -443,6 +460,14 @@ class OfflineToOnline(OffPolicyAlgorithm):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, is_new)
         self._tb_log_name = tb_log_name
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The schedules of the online phase run over the online steps
+        super()._update_current_progress_remaining(
+            num_timesteps - self._n_offline_updates, total_timesteps - self._n_offline_updates
+        )
+        # The first rollout can be longer than a short learn()
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
     def dump_logs(self) -> None:
         """SB3's, with the normalized score of the mean return where the dataset has reference scores."""
         has_scores = self.dataset is not None and None not in (self.dataset.ref_min_score, self.dataset.ref_max_score)
@@ -451,14 +476,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
             mean_return = safe_mean([ep_info["r"] for ep_info in self.ep_info_buffer])
             self.logger.record("rollout/normalized_score", self.dataset.normalized_score(mean_return))
         super().dump_logs()
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # The schedules of the online phase run over the online steps
-        super()._update_current_progress_remaining(
-            num_timesteps - self._n_offline_updates, total_timesteps - self._n_offline_updates
-        )
-        # The first rollout can be longer than a short learn()
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + self._dataset_params

@@ -693,11 +693,10 @@ class TestDeployment:
         exec(block.split("\nmodel = ")[0], namespace)
         # Tanh's middle, where a difference shows
         model = small_model(TinyEnv(space, spaces.Box(-2, 3, (2,))), policy_for(space), policy_kwargs={"ensemble_size": 3})
-        model.policy.set_training_mode(False)
         observation, _ = model.policy.obs_to_tensor(model.observation_space.sample())
         file = str(tmp_path / "policy.onnx")
         th.onnx.export(
-            namespace["OnnxablePolicy"](model.policy),
+            namespace["OnnxablePolicy"](model.policy).eval(),
             kwargs={"observation": observation},
             f=file,
             dynamo=True,

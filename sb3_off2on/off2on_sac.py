@@ -254,8 +254,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         # Here rather than in the constructor, for the arguments of load()
         self._check_arguments()
         super()._setup_model()
-        qf_learning_rate = self.learning_rate if self.qf_learning_rate is None else self.qf_learning_rate
-        self.qf_lr_schedule = FloatSchedule(qf_learning_rate)
+        self.qf_lr_schedule = None if self.qf_learning_rate is None else FloatSchedule(self.qf_learning_rate)
         self.offline_lr_schedule = FloatSchedule(self.offline_learning_rate)
         self.offline_qf_lr_schedule = FloatSchedule(self.offline_qf_learning_rate)
         # The offline phase has an entropy coefficient (as SAC's) and a Lagrange factor (as CQL's) for each member
@@ -526,7 +525,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         if self.ent_coef_optimizer is not None:
             optimizers += [self.ent_coef_optimizer]
         self._update_learning_rate(optimizers)
-        qf_learning_rate = self.qf_lr_schedule(self._current_progress_remaining)
+        # Looked up here, as SB3's users replace `lr_schedule` between two calls of learn()
+        qf_learning_rate = (self.qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
         update_learning_rate(self.critic.optimizer, qf_learning_rate)
 
         ent_coef_losses, ent_coefs = [], []

@@ -1,18 +1,21 @@
 """The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
 
 import math
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.utils import configure_logger, safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.buffers import BalancedReplayBuffer
@@ -21,12 +24,16 @@ from sb3_off2on.datasets import OfflineDataset, load_dataset
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
 
-class OfflineProgressBarCallback(ProgressBarCallback):
-    """SB3's progress bar for the offline phase, where a step is one update however many environments there are."""
+class TensorReader(KVWriter):
+    """
+    First output of a logger, which turns recorded tensors into numbers for those behind it. So an accelerator need not finish
+    each update before the next begins, and whoever dumps the logs, a callback too, writes scalars.
+    """
 
-    def _on_step(self) -> bool:
-        self.pbar.update(1)
-        return True
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        for key, value in key_values.items():
+            if isinstance(value, th.Tensor) and value.ndim == 0:
+                key_values[key] = value.item()
 
 
 class OfflineToOnline(OffPolicyAlgorithm):
@@ -35,7 +42,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
     ``train_offline()``, its own ``train()``, and ``_hand_over()``.
 
     One counter runs through both phases: ``num_timesteps`` counts gradient steps offline and environment steps online, and
-    goes on where the offline phase ended. So checkpoints keep distinct names, and logs share one axis.
+    goes on where the offline phase ended. So checkpoints keep distinct names, and logs share one axis. In both phases,
+    callbacks are called once for ``n_envs`` of its steps.
     """
 
     # Class attributes, so that a model that never meets a dataset carries no trace of one
@@ -49,6 +57,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
     _n_offline_updates: int = 0
     _handed_over: bool = False
     _n_first_steps: int = 0
+    _tb_log_name: str | None = None
 
     _dataset_params: ClassVar[list[str]] = ["dataset"]
 
@@ -56,7 +65,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
     def train_offline(self, gradient_steps: int, batch_size: int) -> None:
         """
-        Sample the dataset and do the updates of the offline phase, counted in ``_n_offline_updates``.
+        Sample the dataset and do the updates of the offline phase, counted in ``_n_offline_updates``. What it logs may be
+        tensors without dimensions.
 
         :param gradient_steps: number of updates
         :param batch_size: rows per update (and member)
@@ -66,6 +76,16 @@ class OfflineToOnline(OffPolicyAlgorithm):
     def _hand_over(self) -> None:
         """Make the agents of the offline phase ready for the first online step."""
         raise NotImplementedError()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        assert isinstance(self.train_freq, TrainFreq)
+        # SB3 raises this after the first rollout, which counts steps here
+        if self.n_envs > 1 and self.train_freq.unit == TrainFrequencyUnit.EPISODE:
+            raise ValueError(
+                f"`train_freq=({self.train_freq.frequency}, 'episode')` needs a single environment, but there are "
+                f"{self.n_envs}: give `train_freq` in steps"
+            )
 
     # ------------------------------------------------------------------ the dataset
 
@@ -105,7 +125,11 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if the file holds another class of buffer, or one of another dataset; nothing changes then
         """
         own = self.replay_buffer
-        assert own is not None
+        expected = {
+            "obs_shape": get_obs_shape(self.observation_space),
+            "action_space": self.action_space,
+            "n_envs": self.n_envs,
+        }
         try:
             super().load_replay_buffer(path, truncate_last_traj)
             if not isinstance(self.replay_buffer, BalancedReplayBuffer):
@@ -113,14 +137,16 @@ class OfflineToOnline(OffPolicyAlgorithm):
                     f"The file holds a {type(self.replay_buffer).__name__}, which cannot have an offline part: "
                     "only a BalancedReplayBuffer can be loaded. `load_dataset` takes the buffer as a dataset"
                 )
-            for name in ("obs_shape", "action_space", "n_envs"):
-                if getattr(self.replay_buffer, name) != getattr(own, name):
+            for name, value in expected.items():
+                if getattr(self.replay_buffer, name) != value:
                     raise ValueError(
                         f"The buffer in the file has `{name}={getattr(self.replay_buffer, name)}`, "
-                        f"but this model has {getattr(own, name)}: load the buffer that belongs to it"
+                        f"but this model has {value}: load the buffer that belongs to it"
                     )
-            new_scheme = self.replay_buffer.scheme != own.scheme
-            self.replay_buffer.set_scheme(own.scheme)
+            # A user may have dropped the model's own buffer before, to save memory
+            scheme = self.replay_buffer.scheme if own is None else own.scheme
+            new_scheme = self.replay_buffer.scheme != scheme
+            self.replay_buffer.set_scheme(scheme)
             # The pickle holds no copy of the dataset: give it the rows that this model has
             if self.dataset is not None:
                 self._attach_dataset(self.dataset)
@@ -241,15 +267,15 @@ class OfflineToOnline(OffPolicyAlgorithm):
         tb_log_name: str | None = None,
     ) -> SelfOfflineToOnline:
         """
-        Train on the dataset, without a step in the environment. SB3's callbacks are called after each update, and
-        ``num_timesteps`` counts the updates; a callback that returns False stops the phase.
+        Train on the dataset, without a step in the environment. ``num_timesteps`` counts the updates. As everywhere in SB3,
+        a call of the callbacks stands for ``n_envs`` time steps; a callback that returns False stops the phase.
 
         :param dataset: whatever ``load_dataset`` takes; not needed where the model has one already
         :param gradient_steps: number of updates, on top of those done before
-        :param callback: callback(s) called after every update
+        :param callback: callback(s) called after every ``n_envs`` updates
         :param log_interval: number of updates between two logs; ``None`` for no logs
         :param progress_bar: display a progress bar
-        :param tb_log_name: name of the run for TensorBoard, the algorithm's by default
+        :param tb_log_name: name of the run for TensorBoard, by default that of ``learn()``, which goes on in the same run
         :return: the trained model
         :raises ValueError: if there is no dataset, or it does not fit the environment
         """
@@ -268,43 +294,49 @@ class OfflineToOnline(OffPolicyAlgorithm):
         """:return: whether no callback stopped the phase; parameters as ``learn_offline``"""
         if gradient_steps < 1:
             raise ValueError(f"`gradient_steps` must be at least 1, got {gradient_steps}")
-        finished = True
         if dataset is not None:
             self.set_dataset(dataset)
         self._check_dataset()
         if self.dataset is None:
             raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
 
-        if progress_bar:
-            callbacks = callback if isinstance(callback, list) else [callback]
-            callbacks = [x if isinstance(x, BaseCallback) else ConvertCallback(x) for x in callbacks]
-            callback = CallbackList([*callbacks, OfflineProgressBarCallback()])
+        tb_log_name = tb_log_name or signature(self.learn).parameters["tb_log_name"].default
         total_timesteps, callback = self._setup_learn(
             gradient_steps,
             callback,
             reset_num_timesteps=self.num_timesteps == 0,
-            tb_log_name=tb_log_name or type(self).__name__,
+            tb_log_name=tb_log_name,
+            progress_bar=progress_bar,
         )
+        if not any(isinstance(output, TensorReader) for output in self.logger.output_formats):
+            self.logger.output_formats.insert(0, TensorReader())
         # What SB3's callbacks read in `locals`: no episode ends here
         dones: np.ndarray = np.zeros(self.n_envs, dtype=bool)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
         callback.on_training_start(locals(), globals())
 
-        for update in range(gradient_steps):
-            self._current_progress_remaining = 1.0 - update / gradient_steps
-            self.train_offline(gradient_steps=1, batch_size=self.offline_batch_size)
-            self.num_timesteps += 1
+        n_done = 0
+        while n_done < gradient_steps:
+            self._current_progress_remaining = 1.0 - n_done / gradient_steps
+            # SB3's callbacks take a call for `n_envs` time steps: progress bars count so, and so are frequencies given
+            n_updates = min(self.n_envs, gradient_steps - n_done)
+            self.train_offline(gradient_steps=n_updates, batch_size=self.offline_batch_size)
+            n_done += n_updates
+            self.num_timesteps += n_updates
             self.pretrained, self._handed_over = True, False
             callback.update_locals(locals())
-            if not callback.on_step():
-                finished = False
+            continue_training = callback.on_step()
+            if log_interval is not None:
+                is_last = n_done == gradient_steps or not continue_training  # or they would appear among the online logs
+                is_due = self._n_offline_updates % log_interval < n_updates or is_last
+                # Not again what a callback has just logged
+                if is_due and self.logger.name_to_value:
+                    self.dump_logs()
+            if not continue_training:
                 break
-            # The last ones too, which would appear among the online logs otherwise
-            if log_interval is not None and (self._n_offline_updates % log_interval == 0 or update == gradient_steps - 1):
-                self.dump_logs()
 
         callback.on_training_end()
-        return finished
+        return continue_training
 
     # ------------------------------------------------------------------ the online phase
 
@@ -319,7 +351,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
     ) -> SelfOfflineToOnline:
         """
         SB3's ``learn()``. A model that was built with ``dataset`` and ``offline_gradient_steps`` goes through its offline
-        phase first, or through what is left of it; a callback that stops that phase stops here.
+        phase first, or through what is left of it, logged every 1000 updates unless ``log_interval`` is ``None``; a callback
+        that stops that phase stops here.
 
         :raises ValueError: if the model was trained with a dataset that is not attached
         """
@@ -327,7 +360,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         remaining = self.offline_gradient_steps - self._n_offline_updates
         assembled = self.pretrained and self._n_offline_updates == 0  # from members that were trained elsewhere
         is_due = self.dataset is not None and remaining > 0 and not self._handed_over and not assembled
-        if is_due and not self._learn_offline(None, remaining, callback, 1000, progress_bar, tb_log_name):
+        offline_log_interval = None if log_interval is None else 1000
+        if is_due and not self._learn_offline(None, remaining, callback, offline_log_interval, progress_bar, tb_log_name):
             return self
         if not self._handed_over:
             self._hand_over()
@@ -400,13 +434,31 @@ class OfflineToOnline(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        total_timesteps, callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        is_custom_logger = self._custom_logger
+        if not is_custom_logger:
+            self._setup_logger(reset_num_timesteps, tb_log_name)
+        try:
+            self._custom_logger = True
+            total_timesteps, callback = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+        finally:
+            self._custom_logger = is_custom_logger
         if reset_num_timesteps:
             self.num_timesteps = self._num_timesteps_at_start = self._n_offline_updates
             self._total_timesteps = total_timesteps = total_timesteps + self._n_offline_updates
         return total_timesteps, callback
+
+    def _setup_logger(self, reset_num_timesteps: bool, tb_log_name: str) -> None:
+        """
+        SB3's logger. But a run that goes on, as the online phase does, stays in its own folder: SB3 would take the latest one
+        of that name, and runs side by side that share ``tensorboard_log`` would write into each other's.
+        """
+        is_ours = self.tensorboard_log is not None and tb_log_name == self._tb_log_name and hasattr(self, "_logger")
+        if reset_num_timesteps or not is_ours:
+            is_new = reset_num_timesteps or hasattr(self, "_logger")
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, is_new)
+        self._tb_log_name = tb_log_name
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The schedules of the online phase run over the online steps
@@ -417,10 +469,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def dump_logs(self) -> None:
-        """SB3's. Losses were recorded as tensors, which an accelerator may be computing until they are read here."""
-        for key, value in self.logger.name_to_value.items():
-            if isinstance(value, th.Tensor) and value.ndim == 0:
-                self.logger.name_to_value[key] = value.item()
+        """SB3's, with the normalized score of the mean return where the dataset has reference scores."""
+        has_scores = self.dataset is not None and None not in (self.dataset.ref_min_score, self.dataset.ref_max_score)
+        if has_scores and self.ep_info_buffer and self.ep_info_buffer[0]:
+            assert self.dataset is not None
+            mean_return = safe_mean([ep_info["r"] for ep_info in self.ep_info_buffer])
+            self.logger.record("rollout/normalized_score", self.dataset.normalized_score(mean_return))
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:

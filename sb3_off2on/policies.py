@@ -172,16 +172,21 @@ class EnsembleActor(Actor):
     """
     N of SB3's actors. Where SB3 asks for *the* action distribution it gets the moment-matched mixture (Eq. 5).
 
-    :param members: SB3 actors, alike but for their parameters
+    :param members: SB3 actors, alike but for their parameters; or how many new ones to build, as ``load()`` does
     :param actor_kwargs: what they were built with
     """
 
-    def __init__(self, members: Sequence[Actor], **actor_kwargs: Any) -> None:
+    def __init__(self, members: Sequence[Actor] | int, **actor_kwargs: Any) -> None:
         # Built without memory or random numbers: every network is replaced by the members' in the next lines
         with th.device("meta"):
             super().__init__(**actor_kwargs)
+        if isinstance(members, int):
+            members = [Actor(**actor_kwargs) for _ in range(members)]
         self.ensemble_size = len(members)
-        self.features_extractor = stack_modules([member.features_extractor for member in members])  # type: ignore[assignment]
+        extractors = [member.features_extractor for member in members]
+        # That of a saved ensemble comes stacked already
+        is_stacked = isinstance(extractors[0], EnsembleModule)
+        self.features_extractor = extractors[0] if is_stacked else stack_modules(extractors)  # type: ignore[assignment]
         for name in ("latent_pi", "mu", "log_std"):
             setattr(self, name, stack_modules([getattr(member, name) for member in members]))
 
@@ -224,6 +229,9 @@ class EnsembleActor(Actor):
         :return: views on its parameters and buffers, under the names that they have in SB3's ``Actor``
         """
         return {name.replace(".template.", "."): value[index] for name, value in self.state_dict().items()}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "members": self.ensemble_size}
 
 
 class LayerNormCritic(ContinuousCritic):

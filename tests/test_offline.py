@@ -370,18 +370,6 @@ class TestCounterAndCallbacks:
         assert model.num_timesteps == last
         assert model.replay_buffer.size() == 0
 
-    @pytest.mark.parametrize("n_envs", [1, 3])
-    def test_progress_bar(self, monkeypatch: pytest.MonkeyPatch, dataset: Any, n_envs: int) -> None:
-        """Each phase has a bar of its own steps, and fills it."""
-        monkeypatch.setattr("stable_baselines3.common.callbacks.tqdm", FakeBar)
-        FakeBar.bars = []
-        model = small_model(pendulums(n_envs), dataset=dataset, offline_gradient_steps=5)
-        model.learn(9, progress_bar=True)
-        model.learn_offline(gradient_steps=4, progress_bar=True)
-        model.learn(9, progress_bar=True, reset_num_timesteps=False)
-        assert [(bar.total, bar.done) for bar in FakeBar.bars] == [(5, 5), (9, 9), (4, 4), (9, 9)]
-        assert all(bar.closed for bar in FakeBar.bars)
-
     def test_learning_rates_fall_over_each_phase(self, dataset: Any) -> None:
         """A schedule sees the progress of its own phase; the rates are read where the optimizers have them."""
 
@@ -564,6 +552,14 @@ class TestEntryPoints:
         model.learn(2, reset_num_timesteps=False)
         model.learn(2)
         assert len(offline) == 4
+
+    def test_an_unfinished_offline_phase_is_completed(self, dataset: Any) -> None:
+        model = small_model(dataset=dataset, offline_gradient_steps=6)
+        model.learn(4, callback=lambda locals_, _: locals_["self"].num_timesteps < 2)
+        assert (model._n_offline_updates, model._n_updates) == (2, 0)
+        model.learn(4)
+        assert model._n_offline_updates == 6
+        assert model._n_updates > 0
 
     def test_learn_equals_the_two_calls(self, dataset: Any) -> None:
         one = small_model(dataset=dataset, offline_gradient_steps=4).learn(6)
@@ -844,14 +840,6 @@ class TestOnlineLosses:
 class DiscreteEnv(TinyEnv):
     def __init__(self) -> None:
         super().__init__(action_space=spaces.Discrete(3))
-
-    def test_an_unfinished_offline_phase_is_completed(self, dataset: Any) -> None:
-        model = small_model(dataset=dataset, offline_gradient_steps=6)
-        model.learn(4, callback=lambda locals_, _: locals_["self"].num_timesteps < 2)
-        assert (model._n_offline_updates, model._n_updates) == (2, 0)
-        model.learn(4)
-        assert model._n_offline_updates == 6
-        assert model._n_updates > 0
 
 
 class TestErrors:

@@ -368,6 +368,6 @@ class CollapseGuardCallback(BaseCallback):
             elif value is not None:
                 setattr(self.model, name, self.learning_rate_factor * value)
         for name in ("lr_schedule", "qf_lr_schedule"):
-            if hasattr(self.model, name):
-                schedule = ScaledSchedule(getattr(self.model, name), self.learning_rate_factor)
-                setattr(self.model, name, FloatSchedule(schedule))
+            schedule = getattr(self.model, name, None)
+            if schedule is not None:
+                setattr(self.model, name, FloatSchedule(ScaledSchedule(schedule, self.learning_rate_factor)))

@@ -415,7 +415,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 "entropy": -log_prob.mean(),
             }
             for name, value in means.items():
-                # The logger averages until the next dump. Tensors, which `dump_logs()` reads: a number would make an
+                # The logger averages until the next dump. Tensors, see TensorReader: a number would make an
                 # accelerator finish each update first
                 self.logger.record_mean(f"offline/{name}", value.detach())  # type: ignore[arg-type]
 

@@ -521,7 +521,7 @@ class TestCollapseGuard:
         guard = CollapseGuardCallback(floor=-10, learning_rate_factor=1.0, verbose=0)
         model.learn(7, callback=[Wreck({6}), evaluation(guard)])
         assert guard.n_restores == 1
-        assert model.learning_rate == model.lr_schedule(0.5) == model.qf_lr_schedule(0.5) == 4e-4
+        assert model.learning_rate == model.lr_schedule(0.5) == 4e-4
 
     def test_last_restore_ends_the_training(self, dataset: Any, capsys: pytest.CaptureFixture) -> None:
         model = calm_model(dataset)

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run(args)
     # What this package, SB3 and RL Zoo raise, or assert, where an argument or a file is not what it should be
     except (ValueError, AssertionError, OSError) as error:
-        # A training that fails after hours (see zoo.py) is to be understood, and so is an assertion without words
+        # zoo.py adds a note to an error in training: that one, and an assertion without words, needs its traceback
         if hasattr(error, "__notes__") or not str(error):
             raise
         sys.exit(f"{args.prog}: error: {error}")
@@ -112,21 +112,23 @@ def list_datasets(args: argparse.Namespace) -> None:
     """Print a table of the local Minari datasets."""
     import minari  # type: ignore[import-untyped]
     from minari.storage import get_dataset_path  # type: ignore[import-untyped]
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     ids = list(minari.list_local_datasets())
     if not ids:
         print(f"No Minari datasets in {get_dataset_path()}: `minari list remote` and `minari download ID` get some")
         return
-    table = Table(title=f"Minari datasets in {get_dataset_path()}")
-    for column in ("id", "transitions", "episodes", "mean return", "score", "size", "observations", "actions"):
-        is_text = column in ("id", "observations", "actions")
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    table = Table(title=f"Minari datasets in {get_dataset_path()}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    # In two lines, as ids and spaces do not fit into a terminal next to each other
+    table.add_column("id\n  observations -> actions", overflow="fold")
+    for column in ("transitions", "episodes", "return", "score", "size"):
+        table.add_column(column, justify="right")
     for dataset_id in ids:
         try:
-            table.add_row(dataset_id, *_row(minari.load_dataset(dataset_id)))
+            table.add_row(*_row(minari.load_dataset(dataset_id)))
         except Exception as error:  # whatever is wrong with one, the others can be listed
-            table.add_row(dataset_id, f"cannot be read: {error}")
+            table.add_row(f"{dataset_id}\n  cannot be read: {error}")
     _print(table)
 
 
@@ -143,15 +145,14 @@ def _row(dataset: Any) -> list[str]:
         from sb3_off2on.datasets import D4RL_REFERENCE_SCORES
 
         scores = D4RL_REFERENCE_SCORES.get(dataset.env_spec.name, scores)
-    score = "" if None in scores else f"{100 * (mean_return - scores[0]) / (scores[1] - scores[0]):.1f}"
+    score = "-" if None in scores else f"{100 * (mean_return - scores[0]) / (scores[1] - scores[0]):.1f}"
     return [
+        f"{dataset.id}\n  {_describe(dataset.observation_space)} -> {_describe(dataset.action_space)}",
         f"{dataset.total_steps:,}",
         f"{dataset.total_episodes:,}",
         f"{mean_return:,.1f}",
         score,
         _size_on_disk([dataset.id]),
-        _describe(dataset.observation_space),
-        _describe(dataset.action_space),
     ]
 
 

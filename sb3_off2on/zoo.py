@@ -6,11 +6,11 @@ files and their Optuna samplers, and gives its training script the option ``--da
 import argparse
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import rl_zoo3.exp_manager
@@ -22,7 +22,6 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.datasets import load_dataset
 from sb3_off2on.off2on_sac import Off2OnSAC
@@ -53,10 +52,23 @@ def sample_off2on_sac_params(
     }
 
 
-# --algo: the class, its Optuna sampler, and what makes hyperparameters of a trial's values (`dict` where they are the same).
-# Its hyperparameters are in hyperparams/<algo>.yml and, where they depend on the dataset, hyperparams/<algo>_datasets.yml
-ALGORITHMS: dict[str, tuple[type[OfflineToOnline], Any, Any]] = {
-    "off2on_sac": (Off2OnSAC, sample_off2on_sac_params, dict),
+class Algorithm(NamedTuple):
+    """
+    An algorithm as RL Zoo needs it.
+
+    :param algorithm_class: the class
+    :param sampler: lets an Optuna trial choose hyperparameters
+    :param converter: makes hyperparameters of the values of a stored trial
+    """
+
+    algorithm_class: type[OfflineToOnline]
+    sampler: Callable[..., dict[str, Any]]
+    converter: Callable[..., dict[str, Any]] = dict
+
+
+# By the name for --algo, to which hyperparams/<name>.yml belongs and, for what depends on the dataset, <name>_datasets.yml
+ALGORITHMS = {
+    "off2on_sac": Algorithm(Off2OnSAC, sample_off2on_sac_params),
 }
 
 
@@ -71,7 +83,7 @@ def dataset_name(source: str) -> str:
     path = Path(source)
     is_file = path.suffix in (".hdf5", ".h5", ".npz", ".pkl")
     # The last part of a Minari id is only the kind of data
-    name = path.stem if is_file else "-".join([*path.parts[-2:]])
+    name = path.stem if is_file else "-".join(path.parts[-2:])
     return re.sub(r"-v\d+$", "", name).replace("_", "-")
 
 
@@ -103,7 +115,7 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
 
     With other algorithms it is RL Zoo's, and refuses a dataset.
 
-    :param args: parsed arguments of the command line; those of a list of datasets are in its ``dataset``
+    :param args: parsed arguments of the command line; the list of datasets is in its ``dataset``
     :param algo: name of the algorithm
     :param positional: see ``ExperimentManager``
     :param kwargs: see ``ExperimentManager``
@@ -118,7 +130,7 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
                 f"`--dataset` cannot be used with `--algo {algo}`, which learns online only: "
                 f"choose one of {', '.join(ALGORITHMS)}"
             )
-        if algo in ALGORITHMS and kwargs.get("config") is None:
+        if algo in ALGORITHMS and not kwargs.get("config"):
             kwargs["config"] = str(HYPERPARAMS_FOLDER / f"{algo}.yml")
         super().__init__(args, algo, *positional, **kwargs)
 
@@ -137,11 +149,11 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
             folder = Path(self.trained_agent).parent / self.env_name
             dataset = get_saved_hyperparams(str(folder))[0].get("dataset")
         if dataset is None:
-            offline_gradient_steps = hyperparams.get("offline_gradient_steps", 0)
-            if offline_gradient_steps > 0 and not self.continue_training:
+            n_updates = hyperparams.get("offline_gradient_steps", 0)
+            if n_updates > 0:
                 raise ValueError(
-                    f"`--algo {self.algo}` trains offline first ({offline_gradient_steps} updates) and needs `--dataset`: a "
-                    "Minari id (`sb3-off2on datasets` shows those at hand) or a file. To train online only, use "
+                    f"`--algo {self.algo}` trains offline first ({n_updates} updates) and needs `--dataset`: a Minari id "
+                    "(`sb3-off2on datasets` shows those at hand) or a file. To train online only, use "
                     "`-params offline_gradient_steps:0`"
                 )
             return hyperparams, saved_hyperparams
@@ -149,7 +161,7 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
         sources = [dataset] if isinstance(dataset, str) else dataset
         if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
             raise ValueError(f"`dataset` must be a Minari id, a path, or a list of these, got {dataset!r}")
-        overlay_file = Path(self.config).with_suffix("").with_name(f"{Path(self.config).stem}_datasets.yml")
+        overlay_file = Path(self.config).with_name(f"{Path(self.config).stem}_datasets.yml")
         if overlay_file.is_file():
             overlay = dataset_hyperparameters(yaml.safe_load(overlay_file.read_text()), sources)
             # What was asked for, or found by a search, was chosen with the dataset in mind
@@ -166,28 +178,18 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
         if self.has_offline_phase:
             # RL Zoo looks at `learning_rate` alone
             for name, value in hyperparams.items():
-                if name.endswith("_learning_rate") and value is not None:
+                if name.endswith("_learning_rate") and isinstance(value, str):
                     try:
-                        schedule = self._preprocess_schedules({"learning_rate": value})["learning_rate"]
+                        hyperparams[name] = self._preprocess_schedules({"learning_rate": value})["learning_rate"]
                     except ValueError as error:
                         raise ValueError(
                             f"`{name}: {value}` is neither a number nor a linear schedule like lin_3e-4 (a number like 3e-4 "
                             "must be written as 3.0e-4 or !!float 3e-4 in YAML)"
                         ) from error
-                    hyperparams[name] = schedule
             if hyperparams.get("dataset") is not None:
                 # Before there is a log folder, and once for all trials of a search
                 hyperparams["dataset"] = load_dataset(hyperparams["dataset"])
         return super()._preprocess_hyperparams(hyperparams)
-
-    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
-        model = super()._load_pretrained_agent(hyperparams, env)
-        if isinstance(model, OfflineToOnline) and model.dataset_info is not None and model.dataset is None:
-            raise ValueError(
-                f"{self.trained_agent} was trained with the dataset {model.dataset_info['source']}, and no config.yml next to "
-                "it names that: pass it as `--dataset`"
-            )
-        return model
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
@@ -228,7 +230,7 @@ class TwoPhaseProgressBarCallback(ProgressBarCallback):
 
 
 class TrainParser(argparse.ArgumentParser):
-    """The parser of RL Zoo's training script, with the dataset; arguments as ``ArgumentParser``."""
+    """The parser of RL Zoo's training script with one option more; arguments as ``ArgumentParser``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -239,10 +241,10 @@ class TrainParser(argparse.ArgumentParser):
         )
 
 
-for _name, (_algorithm, _sampler, _converter) in ALGORITHMS.items():
-    ALGOS[_name] = _algorithm
-    HYPERPARAMS_SAMPLER[_name] = _sampler
-    HYPERPARAMS_CONVERTER[_name] = _converter
+for _name, _algorithm in ALGORITHMS.items():
+    ALGOS[_name] = _algorithm.algorithm_class
+    HYPERPARAMS_SAMPLER[_name] = _algorithm.sampler
+    HYPERPARAMS_CONVERTER[_name] = _algorithm.converter
 
 # RL Zoo has no hooks for the rest: these are the names that its modules look up
 vars(rl_zoo3.exp_manager).update(

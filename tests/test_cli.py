@@ -1,5 +1,6 @@
 """The command line: the commands of the documentation, in their order, and what a user does wrong."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -175,16 +176,20 @@ def test_list_of_datasets(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     # Scores of the metadata, and D4RL's
     scored = collect_dataset(None, TinyEnv(), 12, "tiny/scored-v0", seed=0)
     scored.storage.update_metadata({"ref_min_score": -10.0, "ref_max_score": 10.0})
-    collect_dataset(None, ENV_ID, 1234, "tiny/cheetah-v0", seed=0)
+    collect_dataset(None, ENV_ID, 60, "tiny/cheetah-v0", seed=0)
     collect_dataset(None, TinyEnv(), 12, "tiny/broken-v0", seed=0)
     (tmp_path / "tiny" / "broken-v0" / "data" / "main_data.hdf5").write_text("")
     capsys.readouterr()
     cli.main(["datasets"])
-    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    rows = {row[0]: row[1:] for row in cells if row}
-    assert list(rows) == ["id", "tiny/broken-v0", "tiny/cheetah-v0", "tiny/images-v0", "tiny/scored-v0"]
-    assert rows["tiny/broken-v0"][0].startswith("cannot be read: ")
-    assert rows["tiny/images-v0"][-2:] == ["image: (8, 8, 3) uint8, state: (2,)", "(2,)"]
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    rows = {
+        line.split()[0]: [*re.split(r"\s{2,}", line)[1:], after] for line, after in itertools.pairwise(lines) if "/" in line
+    }
+    assert [name for name in rows if name.startswith("tiny/")] == [
+        f"tiny/{x}-v0" for x in ("broken", "cheetah", "images", "scored")
+    ]
+    assert rows["tiny/broken-v0"][-1].startswith("cannot be read: ")
+    assert rows["tiny/images-v0"][-1] == "image: (8, 8, 3) uint8, state: (2,) -> (2,)"
     expected = {"tiny/scored-v0": (-10.0, 10.0), "tiny/cheetah-v0": (-280.178953, 12135.0), "tiny/images-v0": None}
     for dataset_id, scores in expected.items():
         episodes = list(minari.load_dataset(dataset_id).iterate_episodes())
@@ -194,7 +199,7 @@ def test_list_of_datasets(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
             f"{len(episodes):,}",
             f"{mean_return:,.1f}",
         ]
-        score = "" if scores is None else f"{100 * (mean_return - scores[0]) / (scores[1] - scores[0]):.1f}"
+        score = "-" if scores is None else f"{100 * (mean_return - scores[0]) / (scores[1] - scores[0]):.1f}"
         assert rows[dataset_id][3] == score
         size = sum(path.stat().st_size for path in (tmp_path / dataset_id).rglob("*") if path.is_file())
         assert rows[dataset_id][4] == f"{size / 1e6:.1f} MB"

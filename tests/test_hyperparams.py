@@ -1,39 +1,58 @@
-"""Every block of the hyperparameter files builds a model."""
+"""Every block of the hyperparameter files builds a model, as RL Zoo does it."""
 
-from importlib.resources import files
+import argparse
+from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import yaml
 from gymnasium.envs.registration import registry
+from helpers import make_dataset
 
 from sb3_off2on import Off2OnSAC
+from sb3_off2on.zoo import HYPERPARAMS_FOLDER, OfflineToOnlineExperimentManager
 
-FOLDER = files("sb3_off2on") / "hyperparams"
-BLOCKS = yaml.safe_load((FOLDER / "off2on_sac.yml").read_text())
-OVERLAY = yaml.safe_load((FOLDER / "off2on_sac_datasets.yml").read_text())
+BLOCKS = yaml.safe_load((HYPERPARAMS_FOLDER / "off2on_sac.yml").read_text())
+OVERLAY = yaml.safe_load((HYPERPARAMS_FOLDER / "off2on_sac_datasets.yml").read_text())
 
 
-def build(hyperparams: dict[str, Any], env_id: str) -> Off2OnSAC:
-    """As RL Zoo does: strings of keyword arguments are evaluated, ``n_timesteps`` goes to learn()."""
-    hyperparams = dict(hyperparams)
-    assert hyperparams.pop("n_timesteps") > 0
-    hyperparams["policy_kwargs"] = eval(hyperparams["policy_kwargs"])
-    return Off2OnSAC(env=env_id, **hyperparams)
+def build(folder: Path, env_id: str, dataset: list[str] | None = None, **hyperparams: Any) -> Off2OnSAC:
+    manager = OfflineToOnlineExperimentManager(
+        argparse.Namespace(dataset=dataset), "off2on_sac", env_id, str(folder), eval_freq=-1, hyperparams=hyperparams
+    )
+    results = manager.setup_experiment()
+    assert results is not None
+    assert manager.n_timesteps > 0
+    return results[0]  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("env_id", BLOCKS)
-def test_every_block_builds_a_model(env_id: str) -> None:
-    model = build(BLOCKS[env_id], "Pendulum-v1" if env_id == "default" else env_id)
-    assert model.offline_gradient_steps == BLOCKS[env_id]["offline_gradient_steps"]
+def test_every_block_builds_a_model(env_id: str, tmp_path: Path) -> None:
+    model = build(tmp_path, "Pendulum-v1" if env_id == "default" else env_id, offline_gradient_steps=0)
+    assert model.policy.ensemble_size == eval(BLOCKS[env_id]["policy_kwargs"])["ensemble_size"]
     assert env_id == "default" or env_id in registry
+    for name in set(BLOCKS[env_id]) - {"n_timesteps", "policy", "policy_kwargs", "train_freq", "offline_gradient_steps"}:
+        value = getattr(model, name)
+        assert (value(1.0) if callable(value) else value) == BLOCKS[env_id][name], name
 
 
-@pytest.mark.parametrize("dataset_id", OVERLAY)
-def test_every_overlay_builds_a_model(dataset_id: str) -> None:
-    model = build({**BLOCKS["HalfCheetah-v5"], **OVERLAY[dataset_id]}, "HalfCheetah-v5")
-    for name in set(OVERLAY[dataset_id]) - {"policy_kwargs"}:
-        assert getattr(model, name) == OVERLAY[dataset_id][name]
+@pytest.mark.parametrize("name", OVERLAY)
+def test_every_overlay_builds_a_model(name: str, tmp_path: Path) -> None:
+    """From a file with D4RL's name."""
+    dataset = make_dataset(n_episodes=1, env=gym.make("HalfCheetah-v5"))
+    columns = {key: getattr(dataset, key) for key in ("observations", "actions", "rewards", "terminations")}
+    np.savez(tmp_path / f"{name}-v2.npz", **columns)
+    model = build(tmp_path, "HalfCheetah-v5", [str(tmp_path / f"{name}-v2.npz")])
+    assert model.dataset is not None
+    assert model.offline_gradient_steps == BLOCKS["HalfCheetah-v5"]["offline_gradient_steps"]
+    for key in OVERLAY[name]:
+        value, expected = getattr(model, key), OVERLAY[name][key]
+        if key == "policy_kwargs":
+            assert {**eval(expected), **value} == value
+        else:
+            assert (value(1.0) if callable(value) else value) == expected
 
 
 def test_defaults_of_the_constructor_are_those_of_the_file() -> None:

@@ -21,7 +21,6 @@ from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import ProgressBarCallback
 
 from sb3_off2on.datasets import load_dataset
 from sb3_off2on.off2on_sac import Off2OnSAC
@@ -221,14 +220,6 @@ class OnlineTrialEvalCallback(TrialEvalCallback):
         return super()._on_step()
 
 
-class TwoPhaseProgressBarCallback(ProgressBarCallback):
-    """SB3's progress bar, in which a step of the offline phase is one update however many environments there are."""
-
-    def _on_step(self) -> bool:
-        self.pbar.update(1 if _is_offline(self.model) else self.training_env.num_envs)
-        return True
-
-
 class TrainParser(argparse.ArgumentParser):
     """The parser of RL Zoo's training script with one option more; arguments as ``ArgumentParser``."""
 
@@ -250,7 +241,6 @@ for _name, _algorithm in ALGORITHMS.items():
 vars(rl_zoo3.exp_manager).update(
     ExperimentManager=OfflineToOnlineExperimentManager,
     TrialEvalCallback=OnlineTrialEvalCallback,
-    ProgressBarCallback=TwoPhaseProgressBarCallback,
 )
 vars(rl_zoo3.train).update(
     ExperimentManager=OfflineToOnlineExperimentManager,

@@ -205,7 +205,9 @@ def test_schedules_of_every_learning_rate(tmp_path: Path) -> None:
         assert [schedule(remaining) for remaining in (1, 0.25)] == pytest.approx([number * 1e-3, number * 0.25e-3])
     assert {name: saved[name] for name in names} == rates  # as text, for the next run
     model.save(tmp_path / "model")
-    assert Off2OnSAC.load(tmp_path / "model").qf_lr_schedule(0.25) == pytest.approx(0.5e-3)
+    schedule = Off2OnSAC.load(tmp_path / "model").qf_lr_schedule
+    assert schedule is not None
+    assert schedule(0.25) == pytest.approx(0.5e-3)
 
 
 @pytest.mark.parametrize("value", [2e-3, None])

@@ -1,6 +1,6 @@
 """The command line: RL Zoo's scripts with our algorithms, and a look at datasets."""
 
-# PyTorch, RL Zoo and Minari take seconds to import: each command imports what it needs
+# RL Zoo and its plots take seconds to import: each command imports what it needs
 import argparse
 import runpy
 import sys

@@ -30,7 +30,8 @@ from sb3_off2on import Off2OnSAC, cli, collect_dataset, load_dataset, zoo
 
 ROOT = Path(__file__).parents[1]
 ENV_ID, DATASET, EXPERT = "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0", "mujoco/halfcheetah/expert-v0"
-COMMANDS = re.findall(r"^(sb3-off2on .*)$", (ROOT / "docs" / "zoo.md").read_text(), flags=re.MULTILINE)
+PAGES = (ROOT / "docs" / "zoo.md", ROOT / "README.md")
+COMMANDS = [command for page in PAGES for command in re.findall(r"^(sb3-off2on .*)$", page.read_text(), flags=re.MULTILINE)]
 RUN = Path("logs", "off2on_sac", f"{ENV_ID}_1")
 
 

@@ -45,8 +45,8 @@ def make_dataset(
     where the rest is done; with rewards), and ``n_random`` steps of uniform random actions from the task's own start. See
     ``scripts.PRIOR`` and ``scripts.TASK``. The last episode of each part is cut where the number of steps is reached.
 
-    The Minari infos hold ``is_random``, see :func:`random_rows`. The same arguments give the same arrays, on the same platform and
-    version of MuJoCo (images: and of the graphics library). An interrupted run leaves nothing behind.
+    The Minari infos hold ``is_random``, see :func:`random_rows`. The same arguments give the same arrays, on the same platform
+    and with the same versions of MuJoCo and, for images, of the graphics library. An interrupted run leaves nothing behind.
 
     :param task: ``"pick-place"``, ``"closed-drawer"`` or ``"blocked-drawer"``
     :param n_scripted: steps of the scripted half, by default those of the preset
@@ -74,7 +74,7 @@ def make_dataset(
     if dataset_id is None:
         dataset_id = f"off2on/{task}/{name}{ID_SUFFIXES[observation].lower()}-v0"
     check_new_id(dataset_id)
-    env = gym.make(gym_id, **({} if observation == "state" else {"image_size": image_size}))
+    env = gym.make(gym_id, image_size=image_size)
     description = f"{n_scripted} steps of scripts (noise {noise}) and {n_random} of uniform random actions, seed {seed}"
     try:
         return write_episodes(
@@ -185,7 +185,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     :param parser: of ``sb3-off2on datasets make``
     """
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="100,000 or 4,000 steps of each half (default: paper)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="paper", help="100,000 or 4,000 steps of each half (default: the former)"
+    )
     parser.add_argument("--n-scripted", type=int, help="steps of the scripted half, in the place of the preset's")
     parser.add_argument("--n-random", type=int, help="steps of the random half, in the place of the preset's")
     parser.add_argument("--seed", type=int, default=0, help="determines everything (default: 0)")

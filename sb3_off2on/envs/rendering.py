@@ -42,7 +42,9 @@ class Camera:
             self._gl.make_current()
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except Exception as error:  # of many types: PyOpenGL's, GLFW's, MuJoCo's
-            raise DependencyNotInstalled(f"OpenGL does not start with {backend or 'the default'}: {str(error).rstrip('.')}. {_ADVICE}") from error
+            raise DependencyNotInstalled(
+                f"OpenGL does not start with {backend or 'the default'}: {str(error).rstrip('.')}. {_ADVICE}"
+            ) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom)
         self._option, self._perturbation, self._view = mujoco.MjvOption(), mujoco.MjvPerturb(), mujoco.MjvCamera()

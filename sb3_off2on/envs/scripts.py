@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_off2on.envs.tabletop import HOME, MOVE, TURN, DrawerEnv, PickPlaceEnv, TabletopEnv
+from sb3_off2on.envs.tabletop import MOVE, TURN, DrawerEnv, PickPlaceEnv, TabletopEnv
 
 Actions = Iterator[np.ndarray]
 Script = Callable[[Any, np.random.Generator], Actions]
@@ -48,19 +48,18 @@ def open_drawer(env: DrawerEnv, rng: np.random.Generator) -> Actions:
     for _ in range(15):
         if env.opening("bottom_drawer") > 0.92:
             break
-        move = _towards(env, env.handle_position)
-        yield _action(env, [0.8, *move[1:]])
+        yield _action(env, [0.8, *_towards(env, env.handle_position)[1:]])
     yield from _lift(env)
 
 
 def close_drawer(env: DrawerEnv, rng: np.random.Generator) -> Actions:
     """Push the bottom drawer shut, from the open start."""
-    yield from _push(env, "bottom_drawer", env.handle_position + [0.055, 0.0, 0.005])
+    yield from _push(env, "bottom_drawer", env.handle_position, [0.055, 0.0, 0.005])
 
 
 def close_top(env: DrawerEnv, rng: np.random.Generator) -> Actions:
     """Push the top drawer shut."""
-    yield from _push(env, "top_drawer", env.position("top_drawer") + [0.11, 0.0, 0.025])
+    yield from _push(env, "top_drawer", env.position("top_drawer"), [0.11, 0.0, 0.025])
 
 
 def move_distractor(env: DrawerEnv, rng: np.random.Generator) -> Actions:
@@ -130,20 +129,20 @@ def _drop(env: TabletopEnv, rng: np.random.Generator, place: np.ndarray) -> Acti
     yield _action(env, grip=0.8)
 
 
-def _push(env: DrawerEnv, drawer: str, front: np.ndarray) -> Actions:
-    """Go to ``front`` of a drawer and push it shut."""
+def _push(env: DrawerEnv, drawer: str, position: np.ndarray, before: Any) -> Actions:
+    """Go to the offset ``before`` from a position on a drawer, and push it shut from there."""
+    front = position + np.array(before)
     yield from _go(env, lambda: front, tolerance=0.02)
     for _ in range(15):
         if env.opening(drawer) < 0.04:
             break
-        move = _towards(env, front)
-        yield _action(env, [-0.8, *move[1:]])
+        yield _action(env, [-0.8, *_towards(env, front)[1:]])
     yield _action(env, [0.6, 0.0, 0.3])
     yield from _lift(env)
 
 
-# What the scripted half of each task's dataset is made of, as (script, start of the episode): attempts at parts of the task and
-# at other things, whose rewards are zeroed, and the task data, whose rewards are kept
+# The scripted half of each dataset, as (script, start of the episode). Prior data: attempts at parts of the task and at other
+# things, with rewards of zero. Task data: attempts at the task's last part, with rewards
 PRIOR: dict[str, tuple[tuple[Script, str], ...]] = {
     "pick-place": ((grasp, "task"),),
     "closed-drawer": ((open_drawer, "task"), (close_drawer, "open"), (move_distractor, "task")),
@@ -153,4 +152,10 @@ TASK: dict[str, tuple[Script, str]] = {
     "pick-place": (place, "grasped"),
     "closed-drawer": (grasp_and_hold, "open"),
     "blocked-drawer": (grasp_and_hold, "open"),
+}
+# The whole task, for comparison: in no dataset
+ORACLE: dict[str, Script] = {
+    "pick-place": pick_and_place,
+    "closed-drawer": open_and_grasp,
+    "blocked-drawer": open_and_grasp,
 }

@@ -1,7 +1,7 @@
 """
 The scenes and the tasks: a gripper above a table, moved by position.
 
-Lengths are in metres, angles in radians. Seen through the camera, x points to the left and y to the viewer.
+Lengths are in metres, angles in radians. Seen by the camera, x points to the lower left and y to the lower right.
 """
 
 from pathlib import Path
@@ -34,10 +34,12 @@ class TabletopEnv(gym.Env):
     """
     What the tasks share: the hand, its control and the observations.
 
-    An action has 8 numbers in [-1, 1]: moves along x, y and z (1 is 5 cm), turns about them (1 is 20 degrees), the gripper
-    (below -0.5 closes it, above 0.5 opens it, otherwise it stays), and neutral (above 0.5 brings the hand back to its
-    first pose). The reward is 1 after a step that ends in success and 0 after any other; success does not end the episode.
-    Its length is the ``max_episode_steps`` that the environment is registered with.
+    An action has 8 numbers in [-1, 1]: moves along x, y and z (1 asks for 5 cm), turns about them (1 asks for 20 degrees), the
+    gripper (below -0.5 closes it, above 0.5 opens it, otherwise it stays), and neutral (above 0.5 brings the hand back to
+    its first pose, after the move). The hand goes a good half of the way in the 40 ms of a step.
+
+    The reward is 1 after a step that ends in success and 0 after any other. Success does not end the episode, whose length is
+    the ``max_episode_steps`` that the environment is registered with.
 
     ``reset(options={"start": ...})`` begins at one of ``starts``, by default the first of them, which is the task's own.
 
@@ -152,7 +154,7 @@ class TabletopEnv(gym.Env):
         self.data.qpos[6:8] = OPEN
         self._place_objects(start)
         self.data.ctrl[:] = [*HOME, 0, 0, 0, *self._fingers()]
-        mujoco.mj_step(self.model, self.data, SETTLE_STEPS)
+        self._simulate(SETTLE_STEPS)
         return self._observe(), {"is_success": self.is_success}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -165,15 +167,19 @@ class TabletopEnv(gym.Env):
         grip, neutral = action[6:]
         self.data.ctrl[:3] = np.clip(self.hand_position + MOVE * action[:3], LOWEST, HIGHEST)
         self.data.ctrl[3:6] = np.clip(self.hand_angles + TURN * action[3:6], -MAX_ANGLES, MAX_ANGLES)
-        switched = grip > 0.5 and not self.gripper_open or grip < -0.5 and self.gripper_open
-        self.gripper_open ^= bool(switched)
+        switched = bool(grip < -0.5 if self.gripper_open else grip > 0.5)
+        self.gripper_open ^= switched
         self.data.ctrl[6:] = self._fingers()
-        mujoco.mj_step(self.model, self.data, GRIP_STEPS if switched else MOVE_STEPS)
+        self._simulate(GRIP_STEPS if switched else MOVE_STEPS)
         if neutral > 0.5:
             self.data.ctrl[:6] = [*HOME, 0, 0, 0]
-            mujoco.mj_step(self.model, self.data, NEUTRAL_STEPS)
+            self._simulate(NEUTRAL_STEPS)
         success = self.is_success
         return self._observe(), float(success), self.terminate_on_success and success, False, {"is_success": success}
+
+    def _simulate(self, n_steps: int) -> None:
+        mujoco.mj_step(self.model, self.data, n_steps)
+        mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves the bodies' positions one step behind the joints
 
     def _fingers(self) -> tuple[float, float]:
         return (OPEN, OPEN) if self.gripper_open else (CLOSED, CLOSED)
@@ -276,11 +282,12 @@ class DrawerEnv(TabletopEnv):
         return np.concatenate([self.position("object"), openings, self.position("distractor")])
 
     def _place_objects(self, start: str) -> None:
-        travel, uniform = self.model.joint("bottom_drawer").range[1], self.np_random.uniform
-        bottom = 1.0 if start == "open" else 0.0
-        top = uniform(0.5, 0.7) if self.blocked and start == "task" else 0.0
-        self.data.joint("bottom_drawer").qpos, self.data.joint("top_drawer").qpos = bottom * travel, top * travel
-        cabinet, tray = self.model.body("cabinet").pos, self.model.body("tray").pos
-        ball = cabinet + [bottom * travel + uniform(-0.036, 0.036), uniform(-0.01, 0.01), 0.028]
-        self.data.joint("object").qpos = [*ball, 1, 0, 0, 0]
-        self.data.joint("distractor").qpos = [*(tray + [uniform(-0.02, 0.02), uniform(-0.02, 0.02), 0.027]), 1, 0, 0, 0]
+        uniform, cabinet, tray = self.np_random.uniform, self.model.body("cabinet").pos, self.model.body("tray").pos
+        bottom = self.model.joint("bottom_drawer").range[1] if start == "open" else 0.0
+        top = uniform(0.5, 0.7) * self.model.joint("top_drawer").range[1] if self.blocked and start == "task" else 0.0
+        self.data.joint("bottom_drawer").qpos, self.data.joint("top_drawer").qpos = bottom, top
+        # Anywhere along the drawer: pulled open by its handle, it has the ball roll to the back
+        ball = cabinet + np.array([bottom + uniform(-0.036, 0.036), uniform(-0.01, 0.01), 0.028])
+        distractor = tray + np.array([*uniform(-0.02, 0.02, 2), 0.027])
+        for name, position in (("object", ball), ("distractor", distractor)):
+            self.data.joint(name).qpos = [*position, 1, 0, 0, 0]

@@ -568,6 +568,7 @@ def test_images(observation):
 
 def test_presets_and_command_line(monkeypatch, capsys):
     parser = ArgumentParser()
+    parser.set_defaults(run=make_dataset.main)  # as a larger command line has it
     make_dataset.add_arguments(parser)
     given: dict[str, Any] = {}
     original = make_dataset.write_episodes

@@ -4,6 +4,7 @@ import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from inspect import signature
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +202,8 @@ def main(args: Namespace) -> None:
     """
     Make a dataset and say where it is.
 
-    :param args: those of :func:`add_arguments`, and no others
+    :param args: those of :func:`add_arguments`, maybe among others
     """
-    dataset = make_dataset(**vars(args), progress_bar=True)
+    names = signature(make_dataset).parameters.keys() - {"progress_bar"}
+    dataset = make_dataset(**{name: getattr(args, name) for name in names}, progress_bar=True)
     print(f"{dataset.id}: {dataset.total_steps} steps in {dataset.total_episodes} episodes, in {get_dataset_path(dataset.id)}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -713,6 +713,35 @@ def collect_dataset(
         raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
     if not isinstance(env, (str, gym.Env)):
         raise ValueError(f"env must be an id or one gym.Env, got a {type(env).__name__}: episodes of a vectorised one mix.")
+    check_new_id(dataset_id)
+    one_env = gym.make(env) if isinstance(env, str) else env
+    _check_spaces(one_env.observation_space, one_env.action_space, str(one_env))
+    details = {"algorithm_name": "random" if model is None else type(model).__name__}
+    details["description"] = f"{n_steps} steps of {details['algorithm_name']}"
+
+    def episodes() -> Iterator[EpisodeBuffer]:
+        if seed is not None:
+            set_random_seed(seed)
+            one_env.action_space.seed(seed)
+        steps = 0
+        while steps < n_steps:
+            episode = _run_episode(model, one_env, deterministic, seed if steps == 0 else None, n_steps - steps)
+            steps += len(episode)
+            yield episode
+
+    dataset = write_episodes(dataset_id, one_env, episodes(), n_steps, progress_bar, **{**details, **minari_kwargs})
+    if isinstance(env, str):
+        one_env.close()
+    return dataset
+
+
+def check_new_id(dataset_id: str) -> None:
+    """
+    Check that a dataset can be written under an id.
+
+    :param dataset_id: ``(namespace/)name-v(version)``
+    :raises ValueError: if the id has no version, or is taken
+    """
     try:
         parse_dataset_id(dataset_id)
     except TypeError:
@@ -722,32 +751,48 @@ def collect_dataset(
             f"The dataset {dataset_id!r} exists. Choose another id or version, or delete it with "
             f"minari.delete_dataset({dataset_id!r})."
         )
-    one_env = gym.make(env) if isinstance(env, str) else env
-    _check_spaces(one_env.observation_space, one_env.action_space, str(one_env))
-    if seed is not None:
-        set_random_seed(seed)
-        one_env.action_space.seed(seed)
-    name = "random" if model is None else type(model).__name__
-    details = {"algorithm_name": name, "description": f"{n_steps} steps of {name}", "jpeg_encoding": False, **minari_kwargs}
+
+
+def write_episodes(
+    dataset_id: str,
+    env: gym.Env,
+    episodes: Iterable[EpisodeBuffer],
+    n_steps: int,
+    progress_bar: bool = False,
+    **minari_kwargs: Any,
+) -> minari.MinariDataset:
+    """
+    Write episodes as a Minari dataset as they come, some thousand steps at a time. Images are stored without loss.
+
+    :param dataset_id: see :func:`check_new_id`, which is to be called before
+    :param env: that the episodes are from
+    :param episodes: at least one
+    :param n_steps: how many steps the episodes will have, for the progress bar
+    :param progress_bar: show one
+    :param minari_kwargs: for ``minari.create_dataset_from_buffers``
+    """
     dataset: minari.MinariDataset | None = None
-    episodes: list[EpisodeBuffer] = []
+    waiting: list[EpisodeBuffer] = []
+
+    def write() -> None:
+        nonlocal dataset
+        if dataset is None:
+            with catch_warnings():
+                filterwarnings("ignore", module="minari")  # about optional details that were not given
+                details = {"jpeg_encoding": False, **minari_kwargs}
+                dataset = minari.create_dataset_from_buffers(dataset_id, waiting, env, **details)
+        else:
+            dataset.update_dataset_from_buffer(waiting)
+        waiting.clear()
+
     with tqdm(total=n_steps, disable=not progress_bar) as bar:
-        steps = written = 0
-        while steps < n_steps:
-            episodes.append(_run_episode(model, one_env, deterministic, seed if steps == 0 else None, n_steps - steps))
-            steps += len(episodes[-1])
-            bar.update(len(episodes[-1]))
-            if steps - written < _WRITE_STEPS and steps < n_steps:
-                continue
-            if dataset is None:
-                with catch_warnings():
-                    filterwarnings("ignore", module="minari")  # about optional details that were not given
-                    dataset = minari.create_dataset_from_buffers(dataset_id, episodes, one_env, **details)
-            else:
-                dataset.update_dataset_from_buffer(episodes)
-            episodes, written = [], steps
-    if isinstance(env, str):
-        one_env.close()
+        for episode in episodes:
+            waiting.append(episode)
+            bar.update(len(episode))
+            if sum(map(len, waiting)) >= _WRITE_STEPS:
+                write()
+        if waiting:
+            write()
     return dataset
 
 

@@ -1,6 +1,5 @@
 """The command line: RL Zoo's scripts with our algorithms, and a look at datasets."""
 
-# RL Zoo and its plots take seconds to import: each command imports what it needs
 import argparse
 import runpy
 import sys
@@ -8,6 +7,18 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import minari  # type: ignore[import-untyped]
+import numpy as np
+from gymnasium import spaces
+from minari.storage import get_dataset_path  # type: ignore[import-untyped]
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sb3_off2on.datasets import D4RL_REFERENCE_SCORES, load_dataset
+from sb3_off2on.envs import make_dataset
 
 # Our command: RL Zoo's module, its function (None where the module itself is the script), and what it does
 ZOO_SCRIPTS = {
@@ -67,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="plot training curves and evaluations")
     add_zoo_scripts(plot.add_subparsers(title="kinds", metavar="KIND", required=True), ZOO_PLOTS)
 
-    datasets = commands.add_parser("datasets", help="list the local Minari datasets, or show one")
+    datasets = commands.add_parser("datasets", help="list the local Minari datasets, show one, or make one")
     datasets.set_defaults(run=list_datasets, prog=datasets.prog)
     actions = datasets.add_subparsers(title="without one of these, lists the local Minari datasets", metavar="ACTION")
     show = actions.add_parser("show", help="show a dataset in detail")
@@ -75,6 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("source", nargs="+", help="Minari id, folder or file, see docs/datasets.md; several are joined")
     show.add_argument("--download", action="store_true", help="download an unknown Minari id")
     show.add_argument("--allow-pickle", action="store_true", help="load .pkl files, which can run any code")
+    make = actions.add_parser("make", help="make the dataset of a manipulation task, see docs/envs.md")
+    make.set_defaults(run=make_dataset.main, prog=make.prog)
+    make_dataset.add_arguments(make)
     return parser
 
 
@@ -96,7 +110,7 @@ def run_zoo_script(args: argparse.Namespace) -> None:
 
     :param args: ``module`` and ``function`` of the script, ``prog`` to call it, and ``rest``, its arguments
     """
-    try:
+    try:  # RL Zoo is an extra, and takes seconds to import
         import_module("sb3_off2on.zoo")
         script = None if args.function is None else getattr(import_module(args.module), args.function)
     except ModuleNotFoundError as error:
@@ -110,11 +124,6 @@ def run_zoo_script(args: argparse.Namespace) -> None:
 
 def list_datasets(args: argparse.Namespace) -> None:
     """Print a table of the local Minari datasets."""
-    import minari  # type: ignore[import-untyped]
-    from minari.storage import get_dataset_path  # type: ignore[import-untyped]
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     ids = list(minari.list_local_datasets())
     if not ids:
         print(f"No Minari datasets in {get_dataset_path()}: `minari list remote` and `minari download ID` get some")
@@ -132,18 +141,13 @@ def list_datasets(args: argparse.Namespace) -> None:
     _print(table)
 
 
-def _row(dataset: Any) -> list[str]:
+def _row(dataset: minari.MinariDataset) -> list[str]:
     """Cells of a Minari dataset, of which only the rewards are read: a list must not take as long as to load it all."""
-    import h5py  # type: ignore[import-untyped]
-    import numpy as np
-
     storage = dataset.storage
     with h5py.File(storage.data_path / "main_data.hdf5") as file:
         mean_return = np.mean([np.sum(file[f"episode_{index}"]["rewards"]) for index in range(dataset.total_episodes)])
     scores = storage.metadata.get("ref_min_score"), storage.metadata.get("ref_max_score")
     if None in scores and dataset.env_spec is not None:
-        from sb3_off2on.datasets import D4RL_REFERENCE_SCORES
-
         scores = D4RL_REFERENCE_SCORES.get(dataset.env_spec.name, scores)
     score = "-" if None in scores else f"{100 * (mean_return - scores[0]) / (scores[1] - scores[0]):.1f}"
     return [
@@ -156,10 +160,8 @@ def _row(dataset: Any) -> list[str]:
     ]
 
 
-def _describe(space: Any) -> str:
+def _describe(space: spaces.Space) -> str:
     """A space in few words: of arrays the shape, and the type where it is not float."""
-    from gymnasium import spaces
-
     if isinstance(space, spaces.Dict):
         return ", ".join(f"{key}: {_describe(part)}" for key, part in space.items())
     if isinstance(space, spaces.Box):
@@ -173,10 +175,6 @@ def show_dataset(args: argparse.Namespace) -> None:
 
     :param args: ``source``, a list of what ``load_dataset`` takes, and its options
     """
-    from rich.table import Table
-
-    from sb3_off2on.datasets import load_dataset
-
     dataset = load_dataset(args.source, download=args.download, allow_pickle=args.allow_pickle)
     returns, lengths = dataset.episode_returns, dataset.episode_lengths
     references = dataset.ref_min_score, dataset.ref_max_score
@@ -205,16 +203,12 @@ def _spread(values: Any) -> str:
 
 
 def _size_on_disk(sources: Sequence[str]) -> str:
-    from minari.storage import get_dataset_path
-
     paths = [Path(source) if Path(source).exists() else get_dataset_path(source) for source in sources]
     files = [file for path in paths for file in [path, *path.rglob("*")] if file.is_file()]
     return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
-
+def _print(table: Table) -> None:
     # Not into a terminal: whole lines, for a file or another program
     Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
 

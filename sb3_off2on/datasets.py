@@ -41,6 +41,7 @@ _SOURCES = (
     "a Minari id, a MinariDataset or its folder, a D4RL file (.hdf5, .h5), an SB3 ReplayBuffer or its pickle (.pkl), "
     "a .npz file, a dict of arrays, an OfflineDataset, or a list of these"
 )
+_EPISODES_AT_ONCE = 50
 _CHUNK = 1024  # frames looked at together: a pass over a large set of images must not allocate another one
 _FINGERPRINT_FRAMES = 4096
 _WRITE_STEPS = 2048  # collected steps held in memory before they are written
@@ -92,11 +93,12 @@ class OfflineDataset:
         if n == 0:
             raise ValueError(f"{self.source}: holds no transitions (a row without a next observation does not count).")
         columns: dict[str, Any] = {"frames": _checked_frames(self.frames, self.observation_space, self.source)}
+        index_dtype = np.int32 if _n_frames(self.frames) < 2**31 else np.int64
         for name in ("obs_index", "next_obs_index", "rewards", "terminations", "truncations"):
             column = np.asarray(getattr(self, name))
             if column.shape not in ((n,), (n, 1)):
                 raise ValueError(f"{self.source}: {name} have shape {column.shape}, expected ({n},), one value a transition.")
-            dtype = np.float32 if name == "rewards" else np.int64 if name.endswith("index") else np.bool_
+            dtype = np.float32 if name == "rewards" else index_dtype if name.endswith("index") else np.bool_
             columns[name] = column.reshape(n).astype(dtype, copy=False)
         columns["truncations"] = columns["truncations"] & ~columns["terminations"]
         columns["truncations"][-1] = not columns["terminations"][-1]
@@ -441,7 +443,11 @@ def _from_minari(dataset: minari.MinariDataset, source: str, memory_map: Path | 
     frames = map_arrays(reserved, dataset.observation_space)
     actions, rewards = np.empty((n_steps, *dataset.action_space.shape), np.float32), np.empty(n_steps, np.float32)
     terminations, truncations, obs_index = np.empty(n_steps, bool), np.empty(n_steps, bool), np.arange(n_steps)
-    episodes = tqdm(dataset.iterate_episodes(), f"Loading {source}", n_episodes, delay=2, disable=None)
+    # Some episodes at a time: HDF5 keeps tens of MB about the episodes that it has seen, until the file is closed
+    assert dataset.episode_indices is not None
+    blocks = np.array_split(dataset.episode_indices, max(n_episodes // _EPISODES_AT_ONCE, 1))
+    in_order = (episode for block in blocks for episode in dataset.iterate_episodes(block))
+    episodes = tqdm(in_order, f"Loading {source}", n_episodes, delay=2, disable=None)
     for number, episode in enumerate(episodes):
         name, rows = f"{source}, episode {episode.id}", slice(start, start + len(episode))
         if len(episode) == 0:

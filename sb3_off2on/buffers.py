@@ -391,7 +391,8 @@ class BalancedReplayBuffer(ReplayBuffer):
         :raises ValueError: if the scheme keeps no priorities
         """
         leaves = self._priority_tree().leaves
-        return float(leaves.sum() ** 2 / max(leaves @ leaves, np.finfo(np.float64).tiny))
+        # Not `leaves @ leaves`: threads of the linear algebra library would spin on for a while, at the cost of what comes next
+        return float(leaves.sum() ** 2 / max(np.square(leaves).sum(), np.finfo(np.float64).tiny))
 
     def __getstate__(self) -> dict[str, Any]:
         # A dataset can be huge and has its own home: only ``dataset_info`` remembers it

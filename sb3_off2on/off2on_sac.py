@@ -633,7 +633,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self.logger.record("train/ent_coef_loss", th.stack(ent_coef_losses).mean().item())
         if len(density_ratio_losses) > 0:
             self.logger.record("density_ratio/loss", th.stack(density_ratio_losses).mean().item())
-            self.logger.record("replay/effective_sample_size", self.replay_buffer.effective_sample_size())
             self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
         if self.dataset is not None:
             self.logger.record("replay/offline_fraction", np.mean(offline_fractions))
@@ -707,6 +706,12 @@ class Off2OnSAC(OfflineToOnline, SAC):
         progress_bar: bool = False,
     ) -> SelfOff2OnSAC:
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def dump_logs(self) -> None:
+        # Here, as it goes over all priorities
+        if self._replay_is_balanced and self._n_updates > 0:
+            self.logger.record("replay/effective_sample_size", self.replay_buffer.effective_sample_size())
+        super().dump_logs()
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, saved_pytorch_variables = super()._get_torch_save_params()

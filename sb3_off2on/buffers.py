@@ -391,7 +391,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         :raises ValueError: if the scheme keeps no priorities
         """
         leaves = self._priority_tree().leaves
-        # Not `leaves @ leaves`: threads of the linear algebra library would spin on for a while, at the cost of what comes next
+        # Not `leaves @ leaves`: the threads of NumPy's linear algebra would spin on for a while, at others' cost
         return float(leaves.sum() ** 2 / max(np.square(leaves).sum(), np.finfo(np.float64).tiny))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def float64_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_off2on.policies.preprocess_obs", lambda obs, *args, **kwargs: obs)
 
 
-def random_batch(n: int, seed: int = 0) -> BalancedReplayBufferSamples:
+def random_batch(n: int, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
 
     def uniform(*shape: int) -> th.Tensor:

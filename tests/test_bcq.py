@@ -41,7 +41,7 @@ def float64_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_off2on.policies.preprocess_obs", lambda obs, *args, **kwargs: obs)
 
 
-def random_batch(n: int, seed: int = 0) -> BalancedReplayBufferSamples:
+def random_batch(n: int, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
 
     def uniform(*shape: int) -> th.Tensor:
@@ -199,10 +199,10 @@ class TestLosses:
         assert logged["actor_loss"] == pytest.approx(np.mean(actor_losses), rel=1e-9)
         assert logged["q_data"] == pytest.approx(np.mean(q_data), rel=1e-9)
         for old, new in zip(before, after, strict=True):
-            for network in ("actor", "critic"):
-                for name, value in old[f"{network}_target"].items():
-                    expected = 0.995 * value + 0.005 * new[network][name]
-                    np.testing.assert_allclose(new[f"{network}_target"][name].numpy(), expected.numpy(), rtol=1e-10)
+            for learned in ("actor", "critic"):
+                for name, value in old[f"{learned}_target"].items():
+                    expected = 0.995 * value + 0.005 * new[learned][name]
+                    np.testing.assert_allclose(new[f"{learned}_target"][name].numpy(), expected.numpy(), rtol=1e-10)
 
     def test_perturbation_climbs_the_first_critic(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The perturbation network alone moves, to actions to which the first critics give higher values."""
@@ -304,7 +304,7 @@ class TestMembers:
             for update in range(3):
                 noise.start(update, None)
                 model._update(random_batch(8, seed=update), per_member)
-        assert_same(*(model.policy.state_dict() for model in models))
+        assert_same(models[0].policy.state_dict(), models[1].policy.state_dict())
 
     def test_out_and_in(self) -> None:
         """A member can be moved to another place; targets that are missing are copies."""

@@ -11,7 +11,7 @@ from sb3_off2on.vae import ConditionalVAE, gaussian_log_prob, kl_to_standard_nor
 CONDITION_DIM, X_DIM, LATENT_DIM = 3, 2, 4
 
 
-def make_vae(**kwargs: Any) -> ConditionalVAE:
+def make_vae(**kwargs: Any) -> Any:
     th.manual_seed(0)
     return ConditionalVAE(CONDITION_DIM, X_DIM, **{"net_arch": [8], **kwargs}).double()
 
@@ -95,7 +95,7 @@ class TestFormulas:
         np.testing.assert_allclose(log_std.detach().numpy(), [[-4, -4, 15, 15]])
 
 
-def linear_gaussian(encoder_error: float) -> tuple[ConditionalVAE, th.Tensor, th.Tensor, np.ndarray]:
+def linear_gaussian(encoder_error: float) -> tuple[Any, th.Tensor, th.Tensor, np.ndarray]:
     """
     A linear decoder, so that x is Gaussian given the condition: N(V c + b, w w^T + std^2). The encoder is the posterior of
     its one latent, moved by ``encoder_error``.

@@ -39,7 +39,7 @@ def soft_clipped_double_q(q_values: th.Tensor, bcq_lambda: float) -> th.Tensor:
     return bcq_lambda * q_values.min(dim=1).values + (1 - bcq_lambda) * q_values.max(dim=1).values
 
 
-class EnsembleModel(BaseModel):
+class EnsembleNetwork(BaseModel):
     """
     N features extractors, stacked, and what its subclasses put on top.
 
@@ -77,14 +77,14 @@ class EnsembleModel(BaseModel):
         return {name.replace(".template.", "."): value[index] for name, value in self.state_dict().items()}
 
 
-class EnsembleVAE(EnsembleModel):
+class EnsembleVAE(EnsembleNetwork):
     """
     N conditional VAEs: each member's model of the behaviour.
 
     :param vae_kwargs: ``latent_dim``, ``net_arch`` and ``activation_fn`` of ``ConditionalVAE``
     :param latent_clip: latents of generated actions are within this distance of 0
     :param n_fixed_latents: number of latents, drawn once for each member, that deterministic actions are made of
-    :param kwargs: see ``EnsembleModel``
+    :param kwargs: see ``EnsembleNetwork``
     """
 
     fixed_latents: th.Tensor
@@ -122,34 +122,34 @@ class EnsembleVAE(EnsembleModel):
         features = self.extract_member_features(obs, per_member=False)
         return self.model.log_likelihood(features, actions.expand(self.ensemble_size, -1, -1), n_samples)
 
-    def forward(self, obs: PyTorchObs, n_actions: int, per_member: bool, fixed: bool = False) -> th.Tensor:
+    def forward(self, obs: PyTorchObs, n_actions: int | None, per_member: bool) -> th.Tensor:
         """
         Actions like those of the behaviour.
 
         :param obs: ``batch_size`` rows, or ``ensemble_size * batch_size`` rows if ``per_member``
-        :param n_actions: number of actions for each state
+        :param n_actions: number of actions for each state, or ``None`` for those of the fixed latents
         :param per_member: whether each member has rows of its own (those of member 0 first)
-        :param fixed: whether to use the fixed latents, of which there are ``n_actions``
         :return: shape ``(ensemble_size, n_actions, batch_size, action_dim)``
         """
         features = self.extract_member_features(obs, per_member)
-        shape = (self.ensemble_size, n_actions, features.shape[1], self.model.latent_dim)
-        if fixed:
-            latents = self.fixed_latents.unsqueeze(2).expand(shape)
+        if n_actions is None:
+            latents = self.fixed_latents.unsqueeze(2).expand(-1, -1, features.shape[1], -1)
         else:
+            shape = (self.ensemble_size, n_actions, features.shape[1], self.model.latent_dim)
             latents = th.randn(shape, dtype=features.dtype, device=features.device).clamp(-self.latent_clip, self.latent_clip)
-        features = features.unsqueeze(1).expand(-1, n_actions, -1, -1)
-        return self.model.decode(features.flatten(1, 2), latents.flatten(1, 2)).unflatten(1, (n_actions, -1))
+        features = features.unsqueeze(1).expand(-1, latents.shape[1], -1, -1)
+        actions = self.model.decode(features.flatten(1, 2), latents.flatten(1, 2))
+        return actions.view(*latents.shape[:-1], -1)
 
 
-class EnsemblePerturbation(EnsembleModel):
+class EnsemblePerturbation(EnsembleNetwork):
     """
     N perturbation networks: each moves its member's actions by up to ``phi`` to where the critic is higher.
 
     :param net_arch: sizes of the hidden layers
     :param activation_fn: activation function of the hidden layers
     :param phi: largest perturbation, in units of half the action range
-    :param kwargs: see ``EnsembleModel``
+    :param kwargs: see ``EnsembleNetwork``
     """
 
     optimizer: th.optim.Optimizer
@@ -238,7 +238,7 @@ class BCQPolicy(EnsembleCQLPolicy):
             **self.optimizer_kwargs,
         )
 
-    def _model_kwargs(self) -> dict[str, Any]:
+    def _network_kwargs(self) -> dict[str, Any]:
         return {
             "observation_space": self.observation_space,
             "action_space": self.action_space,
@@ -247,8 +247,9 @@ class BCQPolicy(EnsembleCQLPolicy):
         }
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> EnsemblePerturbation:  # type: ignore[override]
+        assert features_extractor is None  # none is shared
         net_arch, _ = get_actor_critic_arch(self.net_arch)
-        return EnsemblePerturbation(net_arch, self.activation_fn, self.phi, **self._model_kwargs()).to(self.device)
+        return EnsemblePerturbation(net_arch, self.activation_fn, self.phi, **self._network_kwargs()).to(self.device)
 
     def make_vae(self) -> EnsembleVAE:
         vae_kwargs = {
@@ -257,7 +258,7 @@ class BCQPolicy(EnsembleCQLPolicy):
             "activation_fn": self.activation_fn,
         }
         n_fixed_latents = math.ceil(self.n_candidates / self.ensemble_size)
-        return EnsembleVAE(vae_kwargs, self.latent_clip, n_fixed_latents, **self._model_kwargs()).to(self.device)
+        return EnsembleVAE(vae_kwargs, self.latent_clip, n_fixed_latents, **self._network_kwargs()).to(self.device)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -265,8 +266,8 @@ class BCQPolicy(EnsembleCQLPolicy):
         :param deterministic: whether the candidates come from latents that were drawn once, or from new ones
         :return: actions in [-1, 1], shape ``(batch_size, action_dim)``
         """
-        n_candidates = self.vae.fixed_latents.shape[1]
-        candidates = self.vae(observation, n_candidates, per_member=False, fixed=deterministic)
+        n_candidates = None if deterministic else self.vae.fixed_latents.shape[1]
+        candidates = self.vae(observation, n_candidates, per_member=False)
         candidates = self.actor(observation, candidates, per_member=False).flatten(0, 1)
         features = self.critic.extract_member_features(observation)
         q_values = self.critic.q_values_of_many(features, candidates.expand(self.ensemble_size, -1, -1, -1))

@@ -182,17 +182,19 @@ class TestLosses:
     @pytest.mark.parametrize("per_member", [True, False], ids=["independent", "joint"])
     def test_against_numpy(self, monkeypatch: pytest.MonkeyPatch, per_member: bool) -> None:
         """The critics' targets and losses, then, with the critics that were just updated, the actor's loss."""
-        n_members, batch_size, gamma, awac_lambda = 3, 6, 0.9, 0.3
+        n_members, batch_size, gamma, awac_lambda = 3, 16, 0.9, 0.3
         model = make_awac(gamma=gamma, awac_lambda=awac_lambda)
         with th.no_grad():  # far enough from each other for the minima and the weights to matter
             for parameter in model.policy.parameters():
                 parameter.add_(0.3 * th.randn_like(parameter))
+            model.policy.get_parameter("actor.log_std.template.logits").add_(3)  # far enough to be clipped
         model.critic.optimizer.param_groups[0]["lr"] = 0.05
         batch = random_batch(n_members * batch_size if per_member else batch_size)
         samples = RecordedSamples(monkeypatch)
         before = [model.policy.get_member(index) for index in range(n_members)]
         logged = model._update(batch, per_member)
         after = [model.policy.get_member(index) for index in range(n_members)]
+        assert all(np.abs(actions).max() > 1 for actions in samples.actions)
         next_actions, actions_pi = (np.clip(actions, -1, 1) for actions in samples.actions)
 
         critic_losses, minima, minima_pi = [], [], []

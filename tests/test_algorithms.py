@@ -76,6 +76,44 @@ class TestPhases:
                 assert th.isfinite(parameter).all(), name
         assert (model.num_timesteps, model._n_offline_updates, model._n_updates) == (3 + 6, 3, 8 + 2)
 
+    def test_targets_start_as_copies(self, cls: Algorithm) -> None:
+        policy = make(cls).policy
+        for name in ("actor", "critic"):
+            if hasattr(policy, f"{name}_target"):
+                assert_same(parameters_of(getattr(policy, f"{name}_target")), parameters_of(getattr(policy, name)))
+
+    def test_minibatches_and_modes(self, cls: Algorithm, dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """
+        Offline, each member has a minibatch of its own; online, there is one for all. Networks are in training mode meanwhile,
+        but for the targets, and in evaluation mode to act.
+        """
+        model = make(cls, dataset=dataset, offline_batch_size=5, batch_size=7)
+        modules = [getattr(model.policy, name) for name in ("actor", "critic", "vae") if hasattr(model.policy, name)]
+        targets = [getattr(model.policy, f"{name}_target", model.critic_target) for name in ("actor", "critic")]
+        n_rows = []
+
+        def spy(name: str) -> None:
+            method = getattr(model.replay_buffer, name)
+
+            def recording(batch_size: int, **kwargs: Any) -> Any:
+                assert all(module.training for module in modules)
+                assert not any(module.training for module in targets)
+                n_rows.append((name, batch_size))
+                return method(batch_size, **kwargs)
+
+            monkeypatch.setattr(model.replay_buffer, name, recording)
+
+        for name, learn in (
+            ("sample_offline", lambda: model.learn_offline(gradient_steps=1)),
+            ("sample", lambda: model.learn(4)),
+        ):
+            spy(name)
+            model.predict(dataset.observations[0])
+            assert not any(module.training for module in modules)
+            learn()
+        assert n_rows[0] == ("sample_offline", 2 * 5)
+        assert [n for name, n in n_rows if name == "sample"] == [7] * 8
+
     def test_no_random_actions_and_first_update_at_learning_starts(
         self, cls: Algorithm, dataset: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

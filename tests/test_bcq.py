@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 from helpers import ACTION_DIM, OBS_DIM, TinyEnv, assert_same, make_dataset, parameters_of
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_off2on.bcq import BCQ, BCQPolicy, soft_clipped_double_q
@@ -96,6 +97,17 @@ def numpy_perturb(state: dict[str, Any], obs: np.ndarray, actions: np.ndarray, p
 
 def numpy_q_values(state: dict[str, Any], obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
     return np.array([numpy_mlp(state, f"qf{index}", obs, actions)[:, 0] for index in range(2)])
+
+
+class LinearExtractor(BaseFeaturesExtractor):
+    """One with parameters, so that it matters whose is used."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, features_dim=4)
+        self.linear = th.nn.Linear(OBS_DIM, 4)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.linear(observations)
 
 
 class TestFormulas:
@@ -203,6 +215,19 @@ class TestLosses:
                 for name, value in old[f"{learned}_target"].items():
                     expected = 0.995 * value + 0.005 * new[learned][name]
                     np.testing.assert_allclose(new[f"{learned}_target"][name].numpy(), expected.numpy(), rtol=1e-10)
+
+    @pytest.mark.parametrize("network", ["critic_target", "actor_target"])
+    def test_targets_have_features_of_their_own(self, monkeypatch: pytest.MonkeyPatch, network: str) -> None:
+        losses = []
+        for shift in (0.0, 1.0):
+            model = make_bcq(policy_kwargs={"features_extractor_class": LinearExtractor, "phi": 1.0})
+            with th.no_grad():
+                for parameter in getattr(model, network).features_extractor.parameters():
+                    parameter.add_(shift)
+            with monkeypatch.context() as noise:
+                RecordedNoise(noise)
+                losses.append(model._update(random_batch(8), per_member=False)["critic_loss"])
+        assert losses[0] != losses[1]
 
     def test_perturbation_climbs_the_first_critic(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The perturbation network alone moves, to actions to which the first critics give higher values."""

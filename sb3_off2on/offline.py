@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import ActionNoise
@@ -15,11 +16,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.utils import configure_logger, safe_mean
+from stable_baselines3.common.utils import configure_logger, safe_mean, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_off2on.buffers import BalancedReplayBuffer
+from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples
 from sb3_off2on.datasets import OfflineDataset, load_dataset
+from sb3_off2on.policies import EnsembleCQLPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
@@ -39,13 +41,15 @@ class TensorReader(KVWriter):
 class OfflineToOnline(OffPolicyAlgorithm):
     """
     Mixin that puts an offline phase before an SB3 off-policy algorithm's ``learn()``. The algorithm brings
-    ``train_offline()``, its own ``train()``, and ``_hand_over()``.
+    ``train_offline()``, its own ``train()``, and ``_hand_over()``; or, where both phases do the same, ``_update()`` and
+    ``_optimizers()``.
 
     One counter runs through both phases: ``num_timesteps`` counts gradient steps offline and environment steps online, and
     goes on where the offline phase ended. So checkpoints keep distinct names, and logs share one axis. In both phases,
     callbacks are called once for ``n_envs`` of its steps.
     """
 
+    policy: EnsembleCQLPolicy
     # Class attributes, so that a model that never meets a dataset carries no trace of one
     dataset: OfflineDataset | None = None
     dataset_info: dict[str, Any] | None = None
@@ -63,19 +67,93 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------ what the algorithm brings
 
+    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, float]:
+        """
+        One step of all optimizers, for algorithms that do the same in both phases.
+
+        :param replay_data: ``batch_size`` rows, or ``ensemble_size * batch_size`` rows if ``per_member``
+        :param per_member: whether the members are independent agents, each with rows of its own (those of member 0 first)
+        :return: what to log, as means over members and critics
+        """
+        raise NotImplementedError()
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        """:return: those that ``_update()`` steps, all with the learning rate of the algorithm"""
+        raise NotImplementedError()
+
     def train_offline(self, gradient_steps: int, batch_size: int) -> None:
         """
         Sample the dataset and do the updates of the offline phase, counted in ``_n_offline_updates``. What it logs may be
         tensors without dimensions.
 
         :param gradient_steps: number of updates
-        :param batch_size: rows per update (and member)
+        :param batch_size: rows per update and member
         """
-        raise NotImplementedError()
+        assert self.replay_buffer is not None
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
+        for optimizer in self._optimizers():
+            update_learning_rate(optimizer, learning_rate)
+        for _ in range(gradient_steps):
+            # Each member learns from a minibatch of its own: the first `batch_size` rows are member 0's
+            n_rows = self.policy.ensemble_size * batch_size
+            replay_data = self.replay_buffer.sample_offline(n_rows, env=self._vec_normalize_env)
+            for name, value in self._update(replay_data, per_member=True).items():
+                self.logger.record_mean(f"offline/{name}", value)
+            self._n_offline_updates += 1
+        self.logger.record("offline/learning_rate", learning_rate)
 
     def _hand_over(self) -> None:
-        """Make the agents of the offline phase ready for the first online step."""
-        raise NotImplementedError()
+        """Make the agents of the offline phase ready for the first online step. Without more, their optimizers go on."""
+        if self.pretrained:
+            self._n_updates = 0
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay and do the updates of the online phase, counted in ``_n_updates``.
+
+        :param gradient_steps: number of updates that SB3 asks for
+        :param batch_size: rows per update, the same for all members
+        """
+        assert self.replay_buffer is not None
+        gradient_steps = self._online_gradient_steps(gradient_steps)
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self._optimizers())
+        for _ in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            for name, value in self._update(replay_data, per_member=False).items():
+                self.logger.record_mean(f"train/{name}", value)
+            if self.dataset is not None:
+                offline_fraction = np.mean(replay_data.indices < self.replay_buffer.n_offline)
+                self.logger.record_mean("replay/offline_fraction", float(offline_fraction))
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    # ------------------------------------------------------------------ what the algorithms check alike
+
+    def _check_at_least(self, **minima: float) -> None:
+        """
+        :param minima: names of arguments and the smallest value of each
+        :raises ValueError: if one is below it
+        """
+        for name, minimum in minima.items():
+            if not getattr(self, name) >= minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
+
+    def _replay_without_priorities(self) -> None:
+        """
+        For algorithms that estimate no density ratio: a uniform replay unless another one is asked for.
+
+        :raises ValueError: if that is the balanced one
+        """
+        self.replay_buffer_kwargs = {"scheme": "uniform", **self.replay_buffer_kwargs}
+        if self.replay_buffer_kwargs["scheme"] == "balanced":
+            raise ValueError(
+                f"`replay_buffer_kwargs=dict(scheme='balanced')` needs density ratios, which {type(self).__name__} does not "
+                "estimate: choose 'uniform', 'online', 'offline' or 'symmetric', or use Off2OnSAC"
+            )
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -479,6 +557,26 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + self._dataset_params
+
+
+def check_replay_arguments(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> type[BalancedReplayBuffer]:
+    """
+    :param replay_buffer_class: as given to the constructor
+    :param n_steps: as given to the constructor
+    :return: the class, ``BalancedReplayBuffer`` by default
+    :raises ValueError: if the class cannot hold an offline part, or ``n_steps`` is not 1
+    """
+    replay_buffer_class = BalancedReplayBuffer if replay_buffer_class is None else replay_buffer_class
+    if not issubclass(replay_buffer_class, BalancedReplayBuffer):
+        raise ValueError(
+            f"`replay_buffer_class={replay_buffer_class.__name__}` cannot hold an offline part: "
+            "use BalancedReplayBuffer or a class derived from it"
+        )
+    if n_steps != 1:
+        raise ValueError(
+            f"`n_steps={n_steps}` is not supported, set it to 1: the replay with an offline part draws single transitions"
+        )
+    return replay_buffer_class
 
 
 def check_action_space(env: GymEnv | str | None, verbose: int = 0) -> GymEnv | None:

@@ -22,6 +22,8 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_off2on.awac import AWAC
+from sb3_off2on.bcq import BCQ
 from sb3_off2on.datasets import load_dataset
 from sb3_off2on.off2on_sac import Off2OnSAC
 from sb3_off2on.offline import OfflineToOnline
@@ -51,6 +53,28 @@ def sample_off2on_sac_params(
     }
 
 
+def sample_awac_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler for AWAC hyperparams: around the published values. Arguments and return as ``sample_off2on_sac_params``.
+    """
+    return {
+        "awac_lambda": trial.suggest_float("awac_lambda", 0.2, 5.0, log=True),
+        "learning_rate": trial.suggest_categorical("learning_rate", [1e-3, 3e-4, 1e-4]),
+        "batch_size": trial.suggest_categorical("batch_size", [256, 512, 1024]),
+    }
+
+
+def sample_bcq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler for BCQ hyperparams: around the published values. Arguments and return as ``sample_off2on_sac_params``.
+    """
+    return {
+        "bcq_lambda": trial.suggest_float("bcq_lambda", 0.5, 1.0),
+        "learning_rate": trial.suggest_categorical("learning_rate", [1e-3, 3e-4, 1e-4]),
+        "batch_size": trial.suggest_categorical("batch_size", [100, 256]),
+    }
+
+
 class Algorithm(NamedTuple):
     """
     An algorithm as RL Zoo needs it.
@@ -68,6 +92,8 @@ class Algorithm(NamedTuple):
 # By the name for --algo, to which hyperparams/<name>.yml belongs and, for what depends on the dataset, <name>_datasets.yml
 ALGORITHMS = {
     "off2on_sac": Algorithm(Off2OnSAC, sample_off2on_sac_params),
+    "awac": Algorithm(AWAC, sample_awac_params),
+    "bcq": Algorithm(BCQ, sample_bcq_params),
 }
 
 

@@ -320,7 +320,7 @@ class TestActionAUROC:
             model.learn(2, callback=ActionAUROCCallback())
 
 
-class OfflineTD3(OfflineToOnline, TD3):
+class OfflineTD3(OfflineToOnline, TD3):  # type: ignore[misc]
     """An algorithm with other networks, and without an entropy coefficient or a second learning rate."""
 
     offline_gradient_steps = 0

@@ -10,32 +10,33 @@ import pytest
 import yaml
 from gymnasium.envs.registration import registry
 from helpers import make_dataset
+from stable_baselines3.common.type_aliases import TrainFreq
 
-from sb3_off2on import Off2OnSAC
-from sb3_off2on.zoo import HYPERPARAMS_FOLDER, OfflineToOnlineExperimentManager
+from sb3_off2on.zoo import ALGORITHMS, HYPERPARAMS_FOLDER, OfflineToOnlineExperimentManager
 
-BLOCKS = yaml.safe_load((HYPERPARAMS_FOLDER / "off2on_sac.yml").read_text())
+FILES = {algo: yaml.safe_load((HYPERPARAMS_FOLDER / f"{algo}.yml").read_text()) for algo in ALGORITHMS}
 OVERLAY = yaml.safe_load((HYPERPARAMS_FOLDER / "off2on_sac_datasets.yml").read_text())
 
 
-def build(folder: Path, env_id: str, dataset: list[str] | None = None, **hyperparams: Any) -> Off2OnSAC:
+def build(folder: Path, algo: str, env_id: str, dataset: list[str] | None = None, **hyperparams: Any) -> Any:
     manager = OfflineToOnlineExperimentManager(
-        argparse.Namespace(dataset=dataset), "off2on_sac", env_id, str(folder), eval_freq=-1, hyperparams=hyperparams
+        argparse.Namespace(dataset=dataset), algo, env_id, str(folder), eval_freq=-1, hyperparams=hyperparams
     )
     results = manager.setup_experiment()
     assert results is not None
     assert manager.n_timesteps > 0
-    return results[0]  # type: ignore[return-value]
+    return results[0]
 
 
-@pytest.mark.parametrize("env_id", BLOCKS)
-def test_every_block_builds_a_model(env_id: str, tmp_path: Path) -> None:
-    model = build(tmp_path, "Pendulum-v1" if env_id == "default" else env_id, offline_gradient_steps=0)
-    assert model.policy.ensemble_size == eval(BLOCKS[env_id]["policy_kwargs"])["ensemble_size"]
+@pytest.mark.parametrize(("algo", "env_id"), [(algo, env_id) for algo, blocks in FILES.items() for env_id in blocks])
+def test_every_block_builds_a_model(algo: str, env_id: str, tmp_path: Path) -> None:
+    block = FILES[algo][env_id]
+    model = build(tmp_path, algo, "Pendulum-v1" if env_id == "default" else env_id, offline_gradient_steps=0)
+    assert model.policy.ensemble_size == eval(block["policy_kwargs"])["ensemble_size"]
     assert env_id == "default" or env_id in registry
-    for name in set(BLOCKS[env_id]) - {"n_timesteps", "policy", "policy_kwargs", "train_freq", "offline_gradient_steps"}:
+    for name in set(block) - {"n_timesteps", "policy", "policy_kwargs", "train_freq", "offline_gradient_steps"}:
         value = getattr(model, name)
-        assert (value(1.0) if callable(value) else value) == BLOCKS[env_id][name], name
+        assert (value(1.0) if callable(value) else value) == block[name], name
 
 
 @pytest.mark.parametrize("name", OVERLAY)
@@ -44,9 +45,9 @@ def test_every_overlay_builds_a_model(name: str, tmp_path: Path) -> None:
     dataset = make_dataset(n_episodes=1, env=gym.make("HalfCheetah-v5"))
     columns = {key: getattr(dataset, key) for key in ("observations", "actions", "rewards", "terminations")}
     np.savez(tmp_path / f"{name}-v2.npz", **columns)
-    model = build(tmp_path, "HalfCheetah-v5", [str(tmp_path / f"{name}-v2.npz")])
+    model = build(tmp_path, "off2on_sac", "HalfCheetah-v5", [str(tmp_path / f"{name}-v2.npz")])
     assert model.dataset is not None
-    assert model.offline_gradient_steps == BLOCKS["HalfCheetah-v5"]["offline_gradient_steps"]
+    assert model.offline_gradient_steps == FILES["off2on_sac"]["HalfCheetah-v5"]["offline_gradient_steps"]
     for key in OVERLAY[name]:
         value, expected = getattr(model, key), OVERLAY[name][key]
         if key == "policy_kwargs":
@@ -55,9 +56,11 @@ def test_every_overlay_builds_a_model(name: str, tmp_path: Path) -> None:
             assert (value(1.0) if callable(value) else value) == expected
 
 
-def test_defaults_of_the_constructor_are_those_of_the_file() -> None:
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_defaults_of_the_constructor_are_those_of_the_file(algo: str) -> None:
     """The file's default block spells out the published values; the constructor has the same where it has a default."""
-    model = Off2OnSAC("MlpPolicy", "Pendulum-v1")
+    block = FILES[algo]["default"]
+    model = ALGORITHMS[algo].algorithm_class("MlpPolicy", "Pendulum-v1")  # type: ignore[call-arg]
     differs = {
         "offline_gradient_steps",
         "buffer_size",
@@ -67,7 +70,8 @@ def test_defaults_of_the_constructor_are_those_of_the_file() -> None:
         "policy",
         "policy_kwargs",
     }
-    for name in set(BLOCKS["default"]) - differs:
-        assert getattr(model, name) == BLOCKS["default"][name], name
-    assert model.train_freq.frequency == BLOCKS["default"]["train_freq"]  # type: ignore[union-attr]
+    for name in set(block) - differs:
+        assert getattr(model, name) == block[name], name
+    assert isinstance(model.train_freq, TrainFreq)
+    assert model.train_freq.frequency == block["train_freq"]
     assert model.policy.ensemble_size == 5

@@ -13,6 +13,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_off2on.datasets import OfflineDataset, map_arrays
 
 SCHEMES = ("balanced", "uniform", "online", "offline", "symmetric")
+# Rows that are copied to `buffer_device` together: images must not be gathered all at once
+UPLOAD_ROWS = 4096
 
 
 def initial_priority(n_offline: int, n_online: int, fraction: float) -> float:
@@ -37,6 +39,43 @@ def _storage(observation_space: spaces.Space) -> Any:
     # SB3 has one class for arrays and one for dictionaries, and the latter only stores differently. Its functions are
     # borrowed rather than inherited, so that one class serves both kinds of observation space
     return DictReplayBuffer if isinstance(observation_space, spaces.Dict) else ReplayBuffer
+
+
+def to_device(values: np.ndarray | th.Tensor, device: th.device) -> th.Tensor:
+    """
+    Copy to a device, unless the values are there. To a CUDA device without waiting for it: from page-locked memory, which
+    PyTorch keeps until the copy has been made.
+
+    :param values: any shape
+    :param device: where to
+    :return: the same values; on the CPU they share the memory of an array
+    """
+    tensor = th.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _on_host(values: Any) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, th.Tensor) else np.asarray(values)
+
+
+def _usable_device(buffer_device: th.device | str) -> th.device:
+    try:
+        device = th.device(buffer_device)
+        th.zeros(1, dtype=th.float64, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"buffer_device={str(buffer_device)!r} cannot be used here: {str(error).splitlines()[0]}. Choose another, or None "
+            "to keep the rows on the host (for a saved model, pass replay_buffer_kwargs to load())"
+        ) from error
+    return device
+
+
+def _standardized(values: th.Tensor, mean: Any, var: Any, clip: float) -> th.Tensor:
+    """``VecNormalize``'s formula, which is for NumPy, on the device of ``values`` and in float64 as there."""
+    center, scale = (to_device(np.asarray(x), values.device) for x in (mean, np.sqrt(var)))
+    return ((values.double() - center) / scale).clip(-clip, clip).float()
 
 
 def _checked_priorities(priorities: float | np.ndarray) -> np.ndarray:
@@ -161,8 +200,70 @@ class SumTree:
         return indices
 
 
+class DevicePriorities:
+    """
+    ``SumTree`` for tensors on a device, which is never waited for: what would have to be read back is not checked. One vector
+    and no tree, as an accelerator adds up two million numbers in one short kernel; a tree needs several for each level.
+
+    :param capacity: number of leaves; all priorities start at 0
+    :param device: where they are kept, in float64
+    """
+
+    def __init__(self, capacity: int, device: th.device):
+        self.leaves = th.zeros(capacity, dtype=th.float64, device=device)
+
+    def __len__(self) -> int:
+        """:return: number of leaves"""
+        return len(self.leaves)
+
+    @property
+    def total(self) -> th.Tensor:
+        """Sum of all priorities, a scalar."""
+        return self.leaves.sum()
+
+    def get(self, indices: th.Tensor) -> th.Tensor:
+        """
+        :param indices: leaves, shape ``(n,)``
+        :return: their priorities, shape ``(n,)``
+        """
+        return self.leaves[indices]
+
+    def update(self, indices: th.Tensor, priorities: th.Tensor) -> None:
+        """
+        Set the priorities of some leaves; where an index repeats, one of its priorities wins (the last one on a CPU).
+
+        :param indices: leaves, shape ``(n,)``
+        :param priorities: new priorities, shape ``(n,)``
+        """
+        self.leaves[indices] = priorities.double()
+
+    def fill(self, start: int, stop: int, priorities: float | th.Tensor) -> None:
+        """
+        Set the priorities of the leaves ``start, ..., stop - 1``.
+
+        :param start: first leaf
+        :param stop: leaf after the last
+        :param priorities: one priority for all, or shape ``(stop - start,)``
+        """
+        self.leaves[start:stop] = priorities
+
+    def find(self, values: th.Tensor) -> th.Tensor:
+        """
+        Leaves at which the running sum of the priorities first exceeds ``values``.
+
+        :param values: prefix sums in [0, total), shape ``(n,)``
+        :return: leaves, shape ``(n,)``
+        """
+        running_sum = self.leaves.cumsum(0)
+        zero = th.zeros_like(running_sum[-1])
+        return th.searchsorted(running_sum, values.clip(zero, running_sum[-1].nextafter(zero)), right=True)
+
+
 class BalancedReplayBufferSamples(NamedTuple):
-    """SB3's ``ReplayBufferSamples`` (``DictReplayBufferSamples``), and where the rows came from: flat ``(batch_size,)``."""
+    """
+    SB3's ``ReplayBufferSamples`` (``DictReplayBufferSamples``), and where the rows came from: flat ``(batch_size,)``, a tensor
+    if the buffer has a ``buffer_device``.
+    """
 
     observations: PyTorchObs
     actions: th.Tensor
@@ -171,7 +272,7 @@ class BalancedReplayBufferSamples(NamedTuple):
     rewards: th.Tensor
     discounts: th.Tensor | None = None
     # The default is only there because ``discounts``, in SB3's position, has one
-    indices: np.ndarray = np.empty(0, dtype=np.int64)
+    indices: Any = np.empty(0, dtype=np.int64)
 
 
 class BalancedReplayBuffer(ReplayBuffer):
@@ -193,7 +294,10 @@ class BalancedReplayBuffer(ReplayBuffer):
     :param scheme: how ``sample()`` draws: ``"balanced"`` by priority from both parts (uniformly without a dataset),
         ``"uniform"`` all rows of both parts alike, ``"online"`` or ``"offline"`` from one part, ``"symmetric"`` the first
         half of each batch offline and the rest online
-    :raises ValueError: if ``scheme`` is unknown or ``optimize_memory_usage`` is set
+    :param buffer_device: keep a copy of all rows, and the priorities, on this device (e.g. ``"cuda"``), so that drawing and
+        updating priorities neither gathers on the host nor waits for the device. It has room for the dataset and
+        ``buffer_size`` rows, and gets what is new with the next draw. ``None`` gathers on the host
+    :raises ValueError: if ``scheme`` is unknown, ``optimize_memory_usage`` is set or ``buffer_device`` cannot be used
     """
 
     def __init__(
@@ -206,6 +310,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         scheme: str = "balanced",
+        buffer_device: th.device | str | None = None,
     ):
         if scheme not in SCHEMES:
             raise ValueError(f"Unknown scheme={scheme!r}, it must be one of {', '.join(map(repr, SCHEMES))}")
@@ -227,8 +332,13 @@ class BalancedReplayBuffer(ReplayBuffer):
         self.dataset: OfflineDataset | None = None
         # Outlives pickling, which the dataset does not
         self.dataset_info: dict[str, Any] | None = None
-        self._default_priority = 1.0
-        self._tree = SumTree(self.buffer_size * self.n_envs) if scheme == "balanced" else None
+        self.buffer_device = None if buffer_device is None else _usable_device(buffer_device)
+        # The copy there, which the first draw makes, and the number of positions it lacks, which the next draw copies
+        self._device_rows: list[Any] = []
+        self._n_new = 0
+        # A scalar on `buffer_device` once priorities were updated there
+        self._default_priority: Any = 1.0
+        self._tree: Any = self._new_tree(self.buffer_size * self.n_envs) if scheme == "balanced" else None
 
     @property
     def has_offline(self) -> bool:
@@ -247,8 +357,11 @@ class BalancedReplayBuffer(ReplayBuffer):
 
     @property
     def default_priority(self) -> float:
-        """Priority of rows that are added (``p0`` in Algorithm 2)."""
-        return self._default_priority
+        """
+        Priority of rows that are added (``p0`` in Algorithm 2). With a ``buffer_device``, which this reads, it raises
+        ``ValueError`` if a priority since the last ``reset_priorities()`` was negative or not finite.
+        """
+        return float(_checked_priorities(float(self._default_priority)))
 
     def set_scheme(self, scheme: str) -> None:
         """
@@ -260,8 +373,22 @@ class BalancedReplayBuffer(ReplayBuffer):
         if scheme != self.scheme:
             self.scheme, self._tree = scheme, None
             if scheme == "balanced":
-                self._tree = SumTree(self.n_offline + self.buffer_size * self.n_envs)
-                self.reset_priorities(self._default_priority)
+                self._tree = self._new_tree(self.n_offline + self.buffer_size * self.n_envs)
+                self.reset_priorities(self.default_priority)
+
+    def set_buffer_device(self, buffer_device: th.device | str | None) -> None:
+        """
+        Copy rows and priorities anew, e.g. after the arrays of the online part were written by hand.
+
+        :param buffer_device: where they are from now on, see the class
+        :raises ValueError: if it cannot be used
+        """
+        self.buffer_device = None if buffer_device is None else _usable_device(buffer_device)
+        self._device_rows, self._default_priority = [], float(self._default_priority)
+        if self._tree is not None:
+            leaves = np.array(_on_host(self._tree.leaves))
+            self._tree = self._new_tree(len(leaves))
+            self._tree.fill(0, len(leaves), self._on_buffer_device(leaves))
 
     def set_offline_data(self, dataset: OfflineDataset) -> None:
         """
@@ -287,10 +414,10 @@ class BalancedReplayBuffer(ReplayBuffer):
             )
         if self._tree is not None and not is_known:
             online = self._tree.leaves[self.n_offline :]
-            self._tree = SumTree(len(dataset) + len(online))
+            self._tree = self._new_tree(len(dataset) + len(online))
             self._tree.fill(0, len(dataset), 1.0)
             self._tree.fill(len(dataset), len(self._tree), online)
-        self.dataset, self.dataset_info = dataset, info
+        self.dataset, self.dataset_info, self._device_rows = dataset, info, []
 
     def add(
         self,
@@ -306,6 +433,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         _storage(self.observation_space).add(self, obs, next_obs, action, reward, done, infos)
         if self._tree is not None:
             self._tree.fill(first, first + self.n_envs, self._default_priority)
+        self._n_new = min(self._n_new + 1, self.buffer_size)
 
     def reset(self) -> None:
         """Empty the online part."""
@@ -330,40 +458,48 @@ class BalancedReplayBuffer(ReplayBuffer):
 
     def sample_uniform(self, batch_size: int, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:
         """As ``sample()``, from all rows alike, offline and online, whatever the scheme."""
-        return self._get_samples(self._draw_uniform(batch_size), env)
+        return self._get_samples(self._draw_uniform(batch_size, "sample_uniform()"), env)
 
     def sample_online(self, batch_size: int, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:
         """Draw uniformly from the online part, whatever the scheme; else as ``sample()``."""
         return self._get_samples(self._draw_online(batch_size, "sample_online()"), env)
 
-    def priorities(self, indices: np.ndarray) -> np.ndarray:
+    def priorities(self, indices: np.ndarray | th.Tensor) -> Any:
         """
         :param indices: flat indices, shape ``(n,)``
-        :return: their priorities, shape ``(n,)``; 0 where the online part has no row yet
+        :return: their priorities, shape ``(n,)``, a tensor if there is a ``buffer_device``; 0 where the online part has no
+            row yet
         :raises ValueError: if an index is out of range or the scheme keeps no priorities
         """
-        return self._priority_tree().get(indices)
+        return self._priority_tree().get(self._on_buffer_device(indices))
 
-    def update_priorities(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+    def update_priorities(self, indices: Any, priorities: Any) -> None:
         """
         Set priorities of rows drawn just before, and raise the default priority to the highest of them if that is more
-        (Algorithm 2, lines 19-22).
+        (Algorithm 2, lines 19-22). A ``buffer_device`` is not waited for to check the values: see ``default_priority``.
 
-        :param indices: flat indices, shape ``(n,)``
-        :param priorities: finite and not negative, shape ``(n,)``
+        :param indices: flat indices, shape ``(n,)``, an array or a tensor
+        :param priorities: finite and not negative, shape ``(n,)``, an array or a tensor
         :raises ValueError: if they do not fit together, name a row that is not there, or the scheme keeps no priorities;
             nothing is written then
         """
         tree = self._priority_tree()
-        indices, priorities = np.asarray(indices), np.asarray(priorities, dtype=np.float64)
-        if indices.shape != priorities.shape:
-            raise ValueError(f"indices {indices.shape} and priorities {priorities.shape} must have the same shape")
-        n_rows = self.n_offline + self.n_online
-        # An online slot without a row must keep priority 0
-        if (indices >= n_rows).any():
-            raise ValueError(f"Indices must be below the {n_rows} rows present, got {indices.max()}")
-        tree.update(indices, priorities)
-        self._default_priority = float(priorities.max(initial=self._default_priority))
+        indices, priorities = self._on_buffer_device(indices), self._on_buffer_device(priorities)
+        shapes = tuple(indices.shape), tuple(priorities.shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"indices {shapes[0]} and priorities {shapes[1]} must have the same shape")
+        if self.buffer_device is None:
+            n_rows = self.n_offline + self.n_online
+            # An online slot without a row must keep priority 0
+            if (indices >= n_rows).any():
+                raise ValueError(f"Indices must be below the {n_rows} rows present, got {indices.max()}")
+            tree.update(indices, priorities)
+            self._default_priority = float(priorities.astype(np.float64).max(initial=self._default_priority))
+        elif len(priorities) > 0:
+            tree.update(indices, priorities)
+            # NaN stays the highest from here on, until it is read
+            highest = priorities.masked_fill(priorities < 0, th.nan).max()
+            self._default_priority = highest.double().clip(min=self._default_priority)
 
     def set_default_priority(self, value: float) -> None:
         """
@@ -392,13 +528,33 @@ class BalancedReplayBuffer(ReplayBuffer):
         """
         leaves = self._priority_tree().leaves
         # Not `leaves @ leaves`: the threads of NumPy's linear algebra would spin on for a while, at others' cost
-        return float(leaves.sum() ** 2 / max(np.square(leaves).sum(), np.finfo(np.float64).tiny))
+        return float(leaves.sum()) ** 2 / max(float((leaves**2).sum()), np.finfo(np.float64).tiny)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A dataset can be huge and has its own home: only ``dataset_info`` remembers it
-        return {**self.__dict__, "dataset": None}
+        # A dataset can be huge and has its own home: only ``dataset_info`` remembers it. No tensors either, so that the file
+        # can be read without the device
+        state = {**self.__dict__, "dataset": None, "_device_rows": [], "_default_priority": float(self._default_priority)}
+        if isinstance(self._tree, DevicePriorities):
+            state["_tree"] = SumTree(len(self._tree))
+            state["_tree"].fill(0, len(self._tree), _on_host(self._tree.leaves))
+        return state
 
-    def _priority_tree(self) -> SumTree:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.buffer_device is not None:
+            try:
+                self.set_buffer_device(self.buffer_device)
+            except ValueError:  # the device of another machine
+                self.buffer_device = None
+
+    def _new_tree(self, capacity: int) -> SumTree | DevicePriorities:
+        return SumTree(capacity) if self.buffer_device is None else DevicePriorities(capacity, self.buffer_device)
+
+    def _on_buffer_device(self, values: np.ndarray | th.Tensor) -> Any:
+        """:return: an array, or a tensor on ``buffer_device`` if there is one"""
+        return _on_host(values) if self.buffer_device is None else to_device(values, self.buffer_device)
+
+    def _priority_tree(self) -> SumTree | DevicePriorities:
         if self._tree is None:
             raise ValueError(f"Only scheme='balanced' has priorities: scheme={self.scheme!r} keeps no priorities")
         return self._tree
@@ -413,7 +569,7 @@ class BalancedReplayBuffer(ReplayBuffer):
             raise ValueError(f"{what} needs a dataset: pass dataset=... or call set_dataset()")
         return self.dataset
 
-    def _draw(self, batch_size: int) -> np.ndarray:
+    def _draw(self, batch_size: int) -> np.ndarray | th.Tensor:
         """:return: flat indices by the scheme, shape ``(batch_size,)``"""
         what = f"scheme={self.scheme!r}"
         if self.scheme == "offline":
@@ -426,12 +582,16 @@ class BalancedReplayBuffer(ReplayBuffer):
             return self._draw_online(batch_size, what)
         self._require_offline(what)
         if self._tree is None:
-            return self._draw_uniform(batch_size)
+            return self._draw_uniform(batch_size, what)
         # Stratified: one draw in each of batch_size equal parts of the total priority
         strata = np.arange(batch_size) + np.random.random_sample(batch_size)
-        return self._tree.find(self._tree.total / batch_size * strata)
+        drawn = self._tree.find(self._tree.total / batch_size * self._on_buffer_device(strata))
+        # An accelerator rounds each running sum in its own way: behind the last row they can exceed that row's by a hair
+        return drawn if self.buffer_device is None else drawn.clip(max=self.n_offline + self.n_online - 1)
 
-    def _draw_uniform(self, batch_size: int) -> np.ndarray:
+    def _draw_uniform(self, batch_size: int, what: str) -> np.ndarray:
+        if self.n_offline > 0:
+            self._require_offline(what)
         return np.random.randint(0, self.n_offline + self.n_online, size=batch_size)
 
     def _draw_offline(self, batch_size: int, what: str) -> np.ndarray:
@@ -444,11 +604,61 @@ class BalancedReplayBuffer(ReplayBuffer):
         positions = np.random.randint(0, self.size(), size=batch_size)
         return self.n_offline + positions * self.n_envs + np.random.randint(0, high=self.n_envs, size=batch_size)
 
-    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:  # type: ignore[override]
+    def _get_samples(self, batch_inds: Any, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:  # type: ignore[override]
         """
-        :param batch_inds: flat indices, shape ``(batch_size,)``
+        :param batch_inds: flat indices, shape ``(batch_size,)``, an array or a tensor
         :param env: normalizes observations and rewards
         :return: row k of every field belongs to ``batch_inds[k]``
+        """
+        batch_inds = self._on_buffer_device(batch_inds)
+        if self.buffer_device is None:
+            fields = self._host_rows(batch_inds)
+        else:
+            fields = [map_arrays(lambda column: column[batch_inds], field) for field in self._rows_on_device()]
+        observations, actions, next_observations, dones, rewards = fields
+        # Indexing has copied every row already: the tensors can share their memory
+        return BalancedReplayBufferSamples(
+            observations=map_arrays(self._as_tensor, self._normalized_obs(observations, env)),
+            actions=self._as_tensor(actions),
+            next_observations=map_arrays(self._as_tensor, self._normalized_obs(next_observations, env)),
+            dones=self._as_tensor(dones.reshape(-1, 1)),
+            rewards=self._as_tensor(self._normalized_reward(rewards.reshape(-1, 1), env)),
+            indices=batch_inds,
+        )
+
+    def _rows_on_device(self) -> list[Any]:
+        """:return: what ``_host_rows()`` gives for all flat indices, with tensors on ``buffer_device``"""
+        if not self._device_rows:
+            n_rows = self.n_offline + self.buffer_size * self.n_envs
+
+            def reserved(column: np.ndarray) -> th.Tensor:
+                dtype = th.as_tensor(column).dtype
+                return th.zeros((n_rows, *column.shape[1:]), dtype=dtype, device=self.buffer_device)
+
+            fields = [map_arrays(reserved, field) for field in self._host_rows(np.arange(0))]
+            self._upload(fields, np.arange(self.n_offline if self.has_offline else 0))
+            self._device_rows, self._n_new = fields, self.size()
+        if self._n_new > 0:
+            positions = np.arange(self.pos - self._n_new, self.pos) % self.buffer_size
+            rows = self.n_offline + positions[:, None] * self.n_envs + np.arange(self.n_envs)
+            self._upload(self._device_rows, rows.flatten())
+            self._n_new = 0
+        return self._device_rows
+
+    def _upload(self, fields: list[Any], rows: np.ndarray) -> None:
+        def upload(column: th.Tensor, values: np.ndarray) -> None:
+            column.index_copy_(0, indices, self._on_buffer_device(values))
+
+        for start in range(0, len(rows), UPLOAD_ROWS):
+            some = rows[start : start + UPLOAD_ROWS]
+            indices = self._on_buffer_device(some)
+            for field, values in zip(fields, self._host_rows(some), strict=True):
+                map_arrays(upload, field, values)
+
+    def _host_rows(self, batch_inds: np.ndarray) -> list[Any]:
+        """
+        :param batch_inds: flat indices, shape ``(batch_size,)``
+        :return: their rows as SB3 stores them, in the order of its fields
         """
         is_offline = batch_inds < self.n_offline
         ring = np.divmod(batch_inds[~is_offline] - self.n_offline, self.n_envs)
@@ -470,16 +680,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         if is_offline.any():
             offline_fields = self._offline_rows(batch_inds[is_offline])
             fields = [map_arrays(interleave, *parts) for parts in zip(fields, offline_fields, strict=True)]
-        observations, actions, next_observations, dones, rewards = fields
-        # Indexing has copied every row already: the tensors can share their memory
-        return BalancedReplayBufferSamples(
-            observations=map_arrays(self._as_tensor, self._normalize_obs(observations, env)),
-            actions=self._as_tensor(actions),
-            next_observations=map_arrays(self._as_tensor, self._normalize_obs(next_observations, env)),
-            dones=self._as_tensor(dones.reshape(-1, 1)),
-            rewards=self._as_tensor(self._normalize_reward(rewards.reshape(-1, 1), env)),
-            indices=batch_inds,
-        )
+        return fields
 
     def _offline_rows(self, rows: np.ndarray) -> list[Any]:
         """:return: offline rows as SB3 would have stored them, in the order of its fields"""
@@ -498,5 +699,21 @@ class BalancedReplayBuffer(ReplayBuffer):
             dataset.rewards[rows],
         ]
 
-    def _as_tensor(self, array: np.ndarray) -> th.Tensor:
-        return self.to_torch(array, copy=False)
+    def _normalized_obs(self, obs: Any, env: VecNormalize | None) -> Any:
+        if self.buffer_device is None or env is None or not env.norm_obs:
+            return self._normalize_obs(obs, env)
+        obs_rms: Any = env.obs_rms
+        if not isinstance(obs, dict):
+            return _standardized(obs, obs_rms.mean, obs_rms.var + env.epsilon, env.clip_obs)
+        return obs | {
+            key: _standardized(obs[key], obs_rms[key].mean, obs_rms[key].var + env.epsilon, env.clip_obs)
+            for key in env.norm_obs_keys or []
+        }
+
+    def _normalized_reward(self, rewards: Any, env: VecNormalize | None) -> Any:
+        if self.buffer_device is None or env is None:
+            return self._normalize_reward(rewards, env)
+        return _standardized(rewards, 0.0, env.ret_rms.var + env.epsilon, env.clip_reward) if env.norm_reward else rewards
+
+    def _as_tensor(self, values: np.ndarray | th.Tensor) -> th.Tensor:
+        return to_device(values, self.device)

@@ -1,6 +1,5 @@
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
@@ -9,7 +8,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
 from stable_baselines3.sac.sac import SAC
 
-from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority
+from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority, to_device
 from sb3_off2on.cql import calql_lower_bound, cql_gap, draw_softmax_actions, uniform_log_density
 from sb3_off2on.density_ratio import DensityRatio, density_ratio_loss, density_ratio_priority
 from sb3_off2on.offline import OfflineToOnline, check_action_space
@@ -46,7 +45,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param action_noise: see SAC
     :param replay_buffer_class: ``BalancedReplayBuffer`` or a class derived from it
     :param replay_buffer_kwargs: e.g. ``dict(scheme="uniform")``: ``balanced`` (the paper's), ``uniform``, ``online``,
-        ``offline`` or ``symmetric`` (half and half)
+        ``offline`` or ``symmetric`` (half and half); or ``dict(buffer_device="cuda")`` to keep the rows on the device
     :param optimize_memory_usage: not supported, see ``BalancedReplayBuffer``
     :param n_steps: not supported, must be 1
     :param ent_coef: see SAC; each member has one of its own in the offline phase, and it restarts for the online phase
@@ -215,7 +214,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.priority_temperature = priority_temperature
         self.density_ratio_kwargs = density_ratio_kwargs or {}
         self.density_ratio: DensityRatio | None = None
-        self.mc_returns: np.ndarray | None = None
+        self.mc_returns: th.Tensor | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -292,7 +291,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         if self.density_ratio is None:
             self._setup_density_ratio()
         if self.calql:
-            self.mc_returns = self.dataset.monte_carlo_returns(self.gamma)
+            self.mc_returns = th.as_tensor(self.dataset.monte_carlo_returns(self.gamma), device=self.device)
 
     def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
         """
@@ -365,8 +364,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 cql_actions, cql_log_density = self._sample_cql_actions(dist_params, next_dist_params)
                 mc_returns = None
                 if self.mc_returns is not None:
-                    mc_returns = th.as_tensor(self.mc_returns[replay_data.indices], device=self.device)
-                    mc_returns = mc_returns.view(ensemble_size, batch_size)
+                    mc_returns = self.mc_returns[to_device(replay_data.indices, self.device)].view(ensemble_size, batch_size)
 
             # Current Q-values and CQL(H)'s gap: (ensemble_size, n_critics, batch_size) each
             features = self.critic.extract_member_features(replay_data.observations, per_member=True)
@@ -542,7 +540,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
             # Sample replay buffer (line 16)
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            offline_fractions.append(np.mean(replay_data.indices < self.replay_buffer.n_offline))
+            offline_fractions.append(th.as_tensor(replay_data.indices < self.replay_buffer.n_offline).double().mean())
 
             # Action by the ensemble's policy (Eq. 5) for the sampled state
             actions_pi, log_prob = self.actor.action_log_prob(replay_data.observations)  # (batch_size, .), (batch_size,)
@@ -635,7 +633,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self.logger.record("density_ratio/loss", th.stack(density_ratio_losses).mean().item())
             self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
         if self.dataset is not None:
-            self.logger.record("replay/offline_fraction", np.mean(offline_fractions))
+            self.logger.record("replay/offline_fraction", th.stack(offline_fractions).mean().item())
 
     def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, th.Tensor]:
         """
@@ -672,7 +670,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             ratio = self.density_ratio(replay_data.observations, replay_data.actions)
             ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
             priorities = density_ratio_priority(ratio, ratio_reference, self.priority_temperature)
-        self.replay_buffer.update_priorities(replay_data.indices, priorities.cpu().numpy())
+        self.replay_buffer.update_priorities(replay_data.indices, priorities)
 
     def _online_q_values_and_gap(self, replay_data: BalancedReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -126,8 +126,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
             for name, value in self._update(replay_data, per_member=False).items():
                 self.logger.record_mean(f"train/{name}", value)
             if self.dataset is not None:
-                offline_fraction = np.mean(replay_data.indices < self.replay_buffer.n_offline)
-                self.logger.record_mean("replay/offline_fraction", float(offline_fraction))
+                is_offline = th.as_tensor(replay_data.indices < self.replay_buffer.n_offline)
+                self.logger.record_mean("replay/offline_fraction", is_offline.double().mean().item())
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers import assert_same
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import MlpPolicy
 
-from sb3_off2on.buffers import SCHEMES, BalancedReplayBuffer, BalancedReplayBufferSamples, SumTree, initial_priority
+from sb3_off2on.buffers import (
+    SCHEMES,
+    BalancedReplayBuffer,
+    BalancedReplayBufferSamples,
+    DevicePriorities,
+    SumTree,
+    initial_priority,
+    to_device,
+)
 from sb3_off2on.datasets import OfflineDataset
 
 OBSERVATION_SPACE = spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -21,6 +30,7 @@ ACTION_SPACE = spaces.Box(-2.0, 5.0, (3,), np.float32)
 DICT_SPACE = spaces.Dict({"vector": OBSERVATION_SPACE, "image": spaces.Box(0, 255, (3, 4, 5), np.uint8)})
 # One level, two, and three; neither a power of two nor of the fan-out
 CAPACITIES = [1, 2, 7, 100, SumTree.MAX_TOP, SumTree.MAX_TOP + 1, 5003, 100_003]
+CPU = th.device("cpu")
 
 
 def make_dataset(n: int = 20, offset: float = 0.0, **replace: Any) -> OfflineDataset:
@@ -67,10 +77,19 @@ def leaves(buffer: BalancedReplayBuffer) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- sum-tree
 
 
+def make_tree(capacity: int, on_device: bool) -> Any:
+    return DevicePriorities(capacity, CPU) if on_device else SumTree(capacity)
+
+
+def for_tree(tree: Any, values: np.ndarray) -> Any:
+    return th.as_tensor(values) if isinstance(tree, DevicePriorities) else values
+
+
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("capacity", CAPACITIES)
-def test_sum_tree_against_a_plain_list(capacity: int) -> None:
+def test_sum_tree_against_a_plain_list(capacity: int, on_device: bool) -> None:
     rng = np.random.default_rng(capacity)
-    tree, twin = SumTree(capacity), [0.0] * capacity
+    tree, twin = make_tree(capacity, on_device), [0.0] * capacity
     assert len(tree) == capacity
     assert tree.total == 0.0
     for _ in range(60):
@@ -82,43 +101,46 @@ def test_sum_tree_against_a_plain_list(capacity: int) -> None:
         else:
             indices = rng.integers(0, capacity, size=50)  # repeats are likely, or certain
             priorities = rng.exponential(size=50) * (rng.random(50) < 0.7)
-            tree.update(indices, priorities)
+            tree.update(for_tree(tree, indices), for_tree(tree, priorities))
             for index, priority in zip(indices, priorities, strict=True):
                 twin[index] = priority
-        assert tree.total == pytest.approx(math.fsum(twin), rel=1e-12)
+        assert float(tree.total) == pytest.approx(math.fsum(twin), rel=1e-12)
         np.testing.assert_array_equal(tree.leaves, twin)
         some = rng.integers(0, capacity, size=10)
-        np.testing.assert_array_equal(tree.get(some), np.array(twin)[some])
+        np.testing.assert_array_equal(tree.get(for_tree(tree, some)), np.array(twin)[some])
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("zeros", [0.0, 0.5, 0.99])
-def test_find_is_searchsorted_of_the_running_sum(capacity: int, zeros: float) -> None:
+def test_find_is_searchsorted_of_the_running_sum(capacity: int, zeros: float, on_device: bool) -> None:
     rng = np.random.default_rng(capacity)
     # Whole numbers: every sum is exact, so are values on the edge between two leaves
     priorities = rng.integers(1, 9, size=capacity) * (rng.random(capacity) >= zeros).astype(float)
     priorities[capacity // 2] = 3.0
-    tree = SumTree(capacity)
-    tree.fill(0, capacity, priorities)
+    tree = make_tree(capacity, on_device)
+    tree.fill(0, capacity, for_tree(tree, priorities))
     running_sum = np.cumsum(priorities)
     edges = np.concatenate([[0.0], running_sum[running_sum < running_sum[-1]]])
     values = np.concatenate([rng.uniform(0, running_sum[-1], 2000), edges])
     expected = np.searchsorted(running_sum, values, side="right")
-    np.testing.assert_array_equal(tree.find(values), expected)
+    np.testing.assert_array_equal(tree.find(for_tree(tree, values)), expected)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("capacity", CAPACITIES)
-def test_find_survives_rounding(capacity: int) -> None:
+def test_find_survives_rounding(capacity: int, on_device: bool) -> None:
     """Priorities of very different sizes, values at both ends and just outside: never a leaf of zero priority."""
     rng = np.random.default_rng(capacity)
     priorities = 10.0 ** rng.uniform(-12, 12, capacity) * (rng.random(capacity) < 0.3)
     priorities[rng.integers(capacity)] = 0.1
-    tree = SumTree(capacity)
-    tree.update(np.arange(capacity), priorities)
-    total = tree.total
+    tree = make_tree(capacity, on_device)
+    tree.update(for_tree(tree, np.arange(capacity)), for_tree(tree, priorities))
+    total = float(tree.total)
     ends = [0.0, -1e-9, np.nextafter(total, 0), total, total * (1 + 1e-12)]
     edges = np.cumsum(priorities)
-    found = tree.find(np.concatenate([ends, edges, np.nextafter(edges, 0), rng.uniform(0, total, 20_000)]))
+    values = np.concatenate([ends, edges, np.nextafter(edges, 0), rng.uniform(0, total, 20_000)])
+    found = np.asarray(tree.find(for_tree(tree, values)))
     assert found.min() >= 0
     assert found.max() < capacity
     assert (priorities[found] > 0).all()
@@ -640,8 +662,255 @@ def test_drawing_while_detached(scheme: str) -> None:
     else:
         with pytest.raises(ValueError, match=rf"scheme='{scheme}' needs the dataset 'rows.* call set_dataset\(\) with it"):
             detached.sample(10)
-    with pytest.raises(ValueError, match=r"sample_offline\(\) needs the dataset 'rows"):
-        detached.sample_offline(10)
+    for draw in ("sample_offline", "sample_uniform"):
+        with pytest.raises(ValueError, match=rf"{draw}\(\) needs the dataset 'rows"):
+            getattr(detached, draw)(10)
+
+
+# ------------------------------------------------------------------------------------------------------ buffer_device
+
+
+def random_rows(buffer: BalancedReplayBuffer, rng: np.random.Generator) -> None:
+    """Rows for any of the spaces, whose episodes end at random."""
+    for _ in range(rng.integers(1, 8)):
+        vectors = rng.normal(size=(2, buffer.n_envs, 2)).astype(np.float32)
+        obs, next_obs = vectors
+        if isinstance(buffer.observation_space, spaces.Dict):
+            images = rng.integers(0, 256, (2, buffer.n_envs, 3, 4, 5)).astype(np.uint8)
+            obs, next_obs = ({"vector": vector, "image": image} for vector, image in zip(vectors, images, strict=True))
+        done = rng.random(buffer.n_envs) < 0.5
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(timeout)} for timeout in done & (rng.random() < 0.5)]
+        buffer.add(obs, next_obs, rng.uniform(-1, 1, (buffer.n_envs, 3)), rng.normal(size=buffer.n_envs), done, infos)
+
+
+def normalizing_env(is_dict: bool) -> VecNormalize:
+    env = VecNormalize(make_vec_env("Pendulum-v1"), clip_obs=1.5, clip_reward=0.7)
+    obs_rms: Any = env.obs_rms
+    obs_rms.mean, obs_rms.var = np.array([3.0, -5.0]), np.array([4.0, 0.25])
+    env.ret_rms.var = np.array(3.0)
+    if is_dict:
+        env.norm_obs_keys, env.obs_rms = ["vector"], {"vector": obs_rms}
+    return env
+
+
+@pytest.mark.parametrize(("norm_obs", "norm_reward"), [(True, False), (False, True)])
+def test_a_device_normalizes_only_what_it_is_asked_to(norm_obs: bool, norm_reward: bool) -> None:
+    batches = []
+    env = normalizing_env(is_dict=False)
+    env.norm_obs, env.norm_reward = norm_obs, norm_reward
+    for buffer_device in (None, "cpu"):
+        buffer = make_buffer(scheme="offline", buffer_device=buffer_device)
+        buffer.set_offline_data(make_dataset())
+        np.random.seed(0)
+        batches.append(buffer.sample(30, env))
+    assert_same(batches[0], batches[1])
+    env.close()
+
+
+def random_operation(buffer: BalancedReplayBuffer, seed: int, env: VecNormalize, datasets: list[OfflineDataset]) -> Any:
+    """Something that happens to a buffer. Returns it (or what it was unpickled to) and a batch, or an error's message."""
+    np.random.seed(seed)
+    rng = np.random.default_rng(seed)
+    result: Any = None
+    try:
+        match rng.integers(13):
+            case 0:
+                buffer.reset()
+            case 1:
+                buffer.set_scheme(str(rng.choice([*SCHEMES, "balanced", "balanced"])))
+            case 2:
+                buffer = pickle.loads(pickle.dumps(buffer))
+                result = buffer.sample_online(5)
+                for dataset in datasets:
+                    if len(dataset) == buffer.n_offline and rng.random() < 0.8:
+                        buffer.set_offline_data(dataset)
+            case 3:
+                buffer.set_offline_data(datasets[rng.integers(len(datasets))])
+            case 4:
+                buffer.reset_priorities(rng.exponential())
+            case 5:
+                buffer.set_default_priority(rng.exponential())
+            case 6 | 7:
+                random_rows(buffer, rng)
+            case 8 | 9:
+                result = buffer.sample(33, env)
+                if buffer.scheme == "balanced":
+                    priorities = rng.exponential(size=33).astype(np.float32)
+                    as_tensor = rng.random() < 0.5
+                    buffer.update_priorities(result.indices, th.as_tensor(priorities) if as_tensor else priorities)
+            case number:
+                draw = (buffer.sample_offline, buffer.sample_online, buffer.sample_uniform)[number - 10]
+                result = draw(17)
+    except ValueError as error:
+        result = str(error)
+    return buffer, result
+
+
+def dtypes(result: Any) -> list[Any]:
+    """Of the fields of a batch, but for ``indices``."""
+    fields = [] if not isinstance(result, BalancedReplayBufferSamples) else list(result[:-2])
+    return [{key: x.dtype for key, x in field.items()} if isinstance(field, dict) else field.dtype for field in fields]
+
+
+@pytest.mark.parametrize("handle_timeouts", [True, False])
+@pytest.mark.parametrize("is_dict", [False, True])
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_rows_on_a_device_are_those_of_the_host(
+    n_envs: int, is_dict: bool, handle_timeouts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever happens to both: the same seed draws the same rows, to the last bit."""
+    monkeypatch.setattr("sb3_off2on.buffers.UPLOAD_ROWS", 7)
+    space, dataset_of = (DICT_SPACE, dict_dataset) if is_dict else (OBSERVATION_SPACE, make_dataset)
+    datasets, env = [dataset_of(20), dataset_of(33)], normalizing_env(is_dict)
+    host, device = (
+        BalancedReplayBuffer(
+            10 * n_envs, space, ACTION_SPACE, "cpu", n_envs, False, handle_timeouts, buffer_device=buffer_device
+        )
+        for buffer_device in (None, "cpu")
+    )
+    batches, was_full = [], False
+    for seed in range(300):
+        host, expected = random_operation(host, seed, env, datasets)
+        device, result = random_operation(device, seed, env, datasets)
+        assert_same(expected, result)
+        assert dtypes(expected) == dtypes(result)
+        assert device.default_priority == host.default_priority
+        assert (device.n_online, device.pos, device.scheme) == (host.n_online, host.pos, host.scheme)
+        assert (host.buffer_device, device.buffer_device) == (None, CPU)
+        if device.scheme == "balanced":
+            np.testing.assert_array_equal(leaves(device), leaves(host))
+            assert device.effective_sample_size() == pytest.approx(host.effective_sample_size(), rel=1e-12)
+        was_full |= device.full
+        if isinstance(result, BalancedReplayBufferSamples):
+            assert isinstance(result.indices, th.Tensor)
+            batches.append(device.scheme)
+    assert was_full
+    assert len(batches) > 80
+    assert set(batches) == set(SCHEMES)
+    env.close()
+
+
+def test_only_new_rows_are_copied_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = make_buffer(30, n_envs=3, buffer_device="cpu")
+    buffer.set_offline_data(make_dataset())
+    add_steps(buffer, 4)
+    copied: list[np.ndarray] = []
+    host_rows = buffer._host_rows
+
+    def spied(rows: np.ndarray) -> Any:
+        copied.append(rows)
+        return host_rows(rows)
+
+    monkeypatch.setattr(buffer, "_host_rows", spied)
+    for steps, expected in ((0, np.arange(32)), (0, []), (2, np.arange(32, 38)), (5, [*range(38, 50), *range(20, 23)])):
+        add_steps(buffer, steps)
+        copied.clear()
+        buffer.sample(8)
+        np.testing.assert_array_equal(np.concatenate([[], *copied]), expected)
+    add_steps(buffer, 27)  # more than the ring
+    copied.clear()
+    buffer.sample(8)
+    np.testing.assert_array_equal(np.sort(np.concatenate(copied)), np.arange(20, 50))
+
+
+def test_moving_to_a_device_and_back() -> None:
+    buffer = make_buffer(10)
+    buffer.set_offline_data(make_dataset())
+    add_steps(buffer, 13)
+    buffer.update_priorities(np.arange(30), np.linspace(0, 8, 30))
+    batches, priorities = [], leaves(buffer)
+    for buffer_device in (None, "cpu", None, CPU):
+        buffer.set_buffer_device(buffer_device)
+        np.testing.assert_array_equal(leaves(buffer), priorities)
+        assert buffer.default_priority == 8.0
+        np.random.seed(0)
+        batches.append(buffer.sample(40))
+    for batch in batches[1:]:
+        assert_same(batches[0], batch)
+    buffer.rewards[:] = 7.0  # by hand
+    buffer.set_buffer_device("cpu")
+    assert (buffer.sample_online(40).rewards == 7.0).all()
+
+
+def test_a_device_that_rounds_draws_no_slot_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = make_buffer(10, buffer_device="cpu")
+    buffer.set_offline_data(make_dataset())
+    add_steps(buffer, 3)
+    monkeypatch.setattr(DevicePriorities, "find", lambda tree, values: th.arange(20, 26))
+    assert buffer.sample(6).indices.tolist() == [20, 21, 22, 22, 22, 22]
+
+
+def test_bad_priorities_on_a_device_are_found_when_they_are_read() -> None:
+    for bad in (np.nan, np.inf, -1.0):
+        buffer = make_buffer(10, buffer_device="cpu")
+        buffer.set_offline_data(make_dataset())
+        buffer.update_priorities(np.array([0, 1]), np.array([9.0, bad]))
+        buffer.update_priorities(np.array([0, 1]), np.array([9.0, 3.0]))  # the highest remembers
+        with pytest.raises(ValueError, match="Priorities must be finite and not negative"):
+            _ = buffer.default_priority
+        buffer.reset_priorities(2.0)
+        assert buffer.default_priority == 2.0
+        assert (leaves(buffer)[:20] == 1.0).all()
+    with pytest.raises(ValueError, match=r"indices \(2,\) and priorities \(1,\) must have the same shape"):
+        buffer.update_priorities(np.array([0, 1]), np.array([9.0]))
+    buffer.update_priorities(np.array([], dtype=np.int64), np.array([]))
+    assert buffer.default_priority == 2.0
+
+
+def test_a_pickle_is_read_where_the_device_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = make_buffer(10, buffer_device="cpu")
+    buffer.set_offline_data(make_dataset())
+    add_steps(buffer, 13)
+    buffer.sample(8)
+    buffer.update_priorities(np.arange(30), np.linspace(0, 8, 30))
+    np.random.seed(0)
+    expected, priorities = buffer.sample(20), leaves(buffer)
+    pickled = pickle.dumps(buffer)
+    assert b"torch._utils" not in pickled  # no tensors
+
+    def unusable(buffer_device: Any) -> th.device:
+        raise ValueError("no such device")
+
+    monkeypatch.setattr("sb3_off2on.buffers._usable_device", unusable)
+    restored = pickle.loads(pickled)
+    assert restored.buffer_device is None
+    restored.set_offline_data(make_dataset())
+    np.testing.assert_array_equal(leaves(restored), priorities)
+    np.random.seed(0)
+    assert_same(restored.sample(20), expected)
+
+
+@pytest.mark.parametrize("buffer_device", ["nonsense", "cuda:99", "meta", 2.5])
+def test_devices_that_cannot_be_used(buffer_device: Any) -> None:
+    message = rf"buffer_device='{buffer_device}' cannot be used here: .*Choose another, or None to keep the rows on the host"
+    with pytest.raises(ValueError, match=message):
+        make_buffer(buffer_device=buffer_device)
+    buffer = make_buffer(buffer_device="cpu")
+    with pytest.raises(ValueError, match=message):
+        buffer.set_buffer_device(buffer_device)
+    assert buffer.buffer_device == CPU
+
+
+def test_copies_to_cuda_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such device here: what is asked of PyTorch."""
+    calls: list[Any] = []
+
+    def pin_memory(tensor: th.Tensor) -> th.Tensor:
+        calls.append("pin_memory")
+        return tensor
+
+    def to(tensor: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
+        calls.append((args, kwargs))
+        return tensor
+
+    monkeypatch.setattr(th.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(th.Tensor, "to", to)
+    cuda, array = th.device("cuda"), np.arange(3.0)
+    np.testing.assert_array_equal(to_device(array, cuda), array)
+    assert calls == ["pin_memory", ((cuda,), {"non_blocking": True})]
+    calls.clear()
+    to_device(array, CPU)
+    assert calls == [((CPU,), {})]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -5,11 +5,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from helpers import ACTION_DIM, OBS_DIM, make_dataset, make_model
+from gymnasium import spaces
+from helpers import (
+    ACTION_DIM,
+    IMAGE_SPACE,
+    OBS_DIM,
+    TinyEnv,
+    assert_same,
+    make_dataset,
+    make_model,
+    random_frames,
+    saved_state,
+    small_model,
+)
 from plain_cql import PlainCQL
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sb3_off2on.buffers import BalancedReplayBufferSamples
+from sb3_off2on import Off2OnSAC
+from sb3_off2on.buffers import BalancedReplayBufferSamples, to_device
 
 
 def double_batch(batch: Any) -> Any:
@@ -181,3 +199,146 @@ class Noise:
 
     def fill(self, tensor: th.Tensor) -> th.Tensor:
         return tensor.copy_(self.block(tuple(tensor.shape)))
+
+
+class NoCopyOutsideOf(TorchDispatchMode):
+    """Fails where numbers of the CPU, other than a scalar, meet the meta device, unless ``allowed``."""
+
+    allowed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, th.Tensor)]
+        from_cpu = any(x.device.type == "cpu" and x.dim() > 0 for x in tensors)
+        assert self.allowed or not (from_cpu and any(x.is_meta for x in tensors)), func
+        return result
+
+
+class TestOnAnAccelerator:
+    """
+    The meta device stands for it: its tensors have shapes and no values, so that whatever would have to wait for a value
+    raises (``item()``, ``cpu()``, ``numpy()``, ``if``, indexing with booleans, ...).
+    """
+
+    @pytest.mark.parametrize(
+        ("policy", "space", "kwargs"),
+        [
+            ("MlpPolicy", spaces.Box(-1, 1, (3,)), {}),
+            (
+                "MlpPolicy",
+                spaces.Box(-1, 1, (3,)),
+                {
+                    "ent_coef": 0.1,
+                    "target_q": "mean",
+                    "cql_alpha_online": 1.0,
+                    "cql_sampled_gradient": False,
+                    "density_ratio_kwargs": {"reference": "union"},
+                },
+            ),
+            (
+                "MlpPolicy",
+                spaces.Box(-1, 1, (3,)),
+                {"calql": True, "cql_target_action_gap": 0.5, "replay_buffer_kwargs": {"scheme": "symmetric"}},
+            ),
+            ("MultiInputPolicy", spaces.Dict({"vector": spaces.Box(-1, 1, (3,)), "image": IMAGE_SPACE}), {}),
+        ],
+    )
+    def test_no_update_waits(
+        self, policy: str, space: spaces.Space, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads = self.on_meta(monkeypatch)
+        env = make_vec_env(lambda: TinyEnv(space))
+        if isinstance(space, spaces.Box):
+            env = VecNormalize(env, norm_reward="calql" not in kwargs)
+        # The fused step, of which PyTorch has none for this device, reads nothing: its counter is on the device
+        kwargs = {"policy_kwargs": {"optimizer_kwargs": {"foreach": True}}, **kwargs}
+        kwargs["replay_buffer_kwargs"] = {"buffer_device": "meta", **kwargs.get("replay_buffer_kwargs", {})}
+        model = small_model(env, policy, device="meta", dataset=make_dataset(env=TinyEnv(space)), **kwargs)
+        model.set_logger(configure(None, []))
+        self.add_rows(model)
+
+        watch = NoCopyOutsideOf()
+
+        def copied(values: Any, device: th.device) -> th.Tensor:
+            watch.allowed = True
+            tensor = to_device(values, device)
+            watch.allowed = False
+            return tensor
+
+        monkeypatch.setattr("sb3_off2on.buffers.to_device", copied)
+        monkeypatch.setattr("sb3_off2on.off2on_sac.to_device", copied)
+        with watch:
+            reads.clear()
+            model.train_offline(1, batch_size=8)
+            assert reads == []
+            model.train(1, batch_size=8)
+            once = list(reads)
+            assert once  # what train() logs, after its updates
+            self.add_rows(model)
+            reads.clear()
+            model.train(2, batch_size=8)
+            assert len(reads) == len(once)
+
+    def on_meta(self, monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
+        """Allow the meta device, and reading scalars of it, which are returned as they are read."""
+        reads: list[th.Tensor] = []
+        item = th.Tensor.item
+
+        def read(tensor: th.Tensor) -> Any:
+            if not tensor.is_meta:
+                return item(tensor)
+            reads.append(tensor)
+            return 1.0
+
+        monkeypatch.setattr(th.Tensor, "item", read)
+        monkeypatch.setattr(th.Tensor, "__float__", read)
+        monkeypatch.setattr("sb3_off2on.buffers._usable_device", th.device)
+        # PyTorch's distributions read their parameters to check them
+        monkeypatch.setattr(th.distributions.Distribution, "_validate_args", False)
+        return reads
+
+    def add_rows(self, model: Off2OnSAC) -> None:
+        buffer = model.replay_buffer
+        for _ in range(5):
+            obs = random_frames(buffer.observation_space, 1, np.random.default_rng(0))
+            buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1), [{}])
+
+    @pytest.mark.parametrize("kwargs", [{}, {"calql": True, "replay_buffer_kwargs": {"scheme": "symmetric"}}])
+    def test_both_phases_as_on_the_host(self, kwargs: dict[str, Any]) -> None:
+        """Rows on a device (here the CPU) are those that the host draws, so are the networks and priorities they lead to."""
+        models = []
+        for on_device in ({}, {"buffer_device": "cpu"}):
+            replay_buffer_kwargs = {**kwargs.get("replay_buffer_kwargs", {}), **on_device}
+            model = small_model(**{**kwargs, "dataset": make_dataset(), "replay_buffer_kwargs": replay_buffer_kwargs})
+            model.learn_offline(gradient_steps=3)
+            model.learn(12)
+            models.append(model)
+        host, device = models
+        assert_same(saved_state(host), saved_state(device))
+        assert host.logger.name_to_value["train/critic_loss"] != 0
+        assert host.logger.name_to_value == device.logger.name_to_value
+        if host.replay_buffer.scheme == "balanced":
+            rows = np.arange(host.replay_buffer.n_offline + 12)
+            priorities = host.replay_buffer.priorities(rows)
+            np.testing.assert_array_equal(device.replay_buffer.priorities(rows), priorities)
+            assert len(np.unique(priorities)) > 10
+
+    def test_saved_where_there_was_one(self, tmp_path: Any) -> None:
+        model = small_model(dataset=make_dataset(), replay_buffer_kwargs={"buffer_device": "cpu"})
+        model.learn(8)
+        model.save_replay_buffer(tmp_path / "buffer.pkl")
+        rows = np.arange(300 + 8)
+        priorities = model.replay_buffer.priorities(rows)
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert model.replay_buffer.buffer_device == th.device("cpu")
+        np.testing.assert_array_equal(model.replay_buffer.priorities(rows), priorities)
+        model.train(1, batch_size=8)
+
+        model.replay_buffer_kwargs["buffer_device"] = "cuda:99"
+        model.save(tmp_path / "model.zip")
+        with pytest.raises(
+            ValueError, match=r"buffer_device='cuda:99' cannot be used here.* pass replay_buffer_kwargs to load"
+        ):
+            Off2OnSAC.load(tmp_path / "model.zip")
+        loaded = Off2OnSAC.load(tmp_path / "model.zip", replay_buffer_kwargs={})
+        assert loaded.replay_buffer.buffer_device is None

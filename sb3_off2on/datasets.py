@@ -259,7 +259,8 @@ class OfflineDataset:
         if frames is None:
             raise ValueError(
                 f"{self.source}: its observation space {self.observation_space} is not the environment's {observation_space}. "
-                "If it should be, name `observation_space` in a dict of arrays; otherwise wrap the environment."
+                "If it should be, name `observation_space` in a dict of arrays; otherwise wrap the environment, or record "
+                "the dataset with the environment's wrappers (e.g. VecFrameStack)."
             )
         return replace(self, frames=frames, observation_space=observation_space)
 

@@ -11,7 +11,7 @@ from stable_baselines3.sac.sac import SAC
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority, to_device
 from sb3_off2on.cql import calql_lower_bound, cql_gap, draw_softmax_actions, uniform_log_density
 from sb3_off2on.density_ratio import DensityRatio, density_ratio_loss, density_ratio_priority
-from sb3_off2on.offline import OfflineToOnline, check_action_space
+from sb3_off2on.offline import OfflineToOnline, check_action_space, check_replay_arguments
 from sb3_off2on.policies import (
     EnsembleActor,
     EnsembleCnnPolicy,
@@ -151,17 +151,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         priority_temperature: float = 5.0,
         density_ratio_kwargs: dict[str, Any] | None = None,
     ):
-        replay_buffer_class = BalancedReplayBuffer if replay_buffer_class is None else replay_buffer_class
-        if not issubclass(replay_buffer_class, BalancedReplayBuffer):
-            raise ValueError(
-                f"`replay_buffer_class={replay_buffer_class.__name__}` cannot hold an offline part: "
-                "use BalancedReplayBuffer or a class derived from it"
-            )
-        if n_steps != 1:
-            raise ValueError(
-                f"`n_steps={n_steps}` is not supported, set it to 1: the priorities of the balanced replay belong to "
-                "single transitions"
-            )
+        replay_buffer_class = check_replay_arguments(replay_buffer_class, n_steps)
         if use_sde or use_sde_at_warmup or sde_sample_freq != -1:
             raise ValueError(
                 f"gSDE is not supported, see EnsembleCQLPolicy: remove `use_sde={use_sde}`, "
@@ -220,17 +210,14 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self._setup_model()
 
     def _check_arguments(self) -> None:
-        at_least = {
-            "offline_gradient_steps": 0,
-            "offline_batch_size": 1,
-            "cql_alpha": 0,
-            "cql_n_actions": 1,
-            "cql_alpha_online": 0,
-            "first_update_multiplier": 1,
-        }
-        for name, minimum in at_least.items():
-            if not getattr(self, name) >= minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
+        self._check_at_least(
+            offline_gradient_steps=0,
+            offline_batch_size=1,
+            cql_alpha=0,
+            cql_n_actions=1,
+            cql_alpha_online=0,
+            first_update_multiplier=1,
+        )
         for name in ("cql_temp", "priority_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")

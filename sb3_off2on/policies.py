@@ -9,12 +9,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import BaseModel, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, SACPolicy
 from torch import nn
+from torch.distributions import Normal
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
@@ -168,6 +170,15 @@ def moment_matching(mean_actions: th.Tensor, log_std: th.Tensor) -> tuple[th.Ten
     return mixture_mean, th.clamp(0.5 * th.log(variance), LOG_STD_MIN, LOG_STD_MAX)
 
 
+class SquashedGaussian(SquashedDiagGaussianDistribution):
+    """SB3's, but an accelerator is not waited for to check the parameters, which PyTorch does each time one is built."""
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "SquashedGaussian":
+        validate_args = None if mean_actions.device.type == "cpu" else False
+        self.distribution = Normal(mean_actions, log_std.exp(), validate_args=validate_args)
+        return self
+
+
 class EnsembleActor(Actor):
     """
     N of SB3's actors. Where SB3 asks for *the* action distribution it gets the moment-matched mixture (Eq. 5).
@@ -183,6 +194,7 @@ class EnsembleActor(Actor):
         if isinstance(members, int):
             members = [Actor(**actor_kwargs) for _ in range(members)]
         self.ensemble_size = len(members)
+        self.action_dist = SquashedGaussian(get_action_dim(self.action_space))  # type: ignore[assignment]
         extractors = [member.features_extractor for member in members]
         # That of a saved ensemble comes stacked already
         is_stacked = isinstance(extractors[0], EnsembleModule)

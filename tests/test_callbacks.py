@@ -325,6 +325,7 @@ class OfflineTD3(OfflineToOnline, TD3):  # type: ignore[misc]
 
     offline_gradient_steps = 0
     offline_batch_size = 4
+    train = TD3.train
 
     def train_offline(self, gradient_steps: int, batch_size: int) -> None:
         self._n_offline_updates += gradient_steps

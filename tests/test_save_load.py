@@ -305,6 +305,18 @@ class TestArguments:
         assert loaded.replay_buffer.n_online == 8
         assert loaded.replay_buffer.scheme == changed
 
+    @pytest.mark.parametrize(("saved", "changed"), [("cpu", None), (None, "cpu")])
+    def test_buffer_of_another_device(self, dataset: Any, tmp_path: Path, saved: str | None, changed: str | None) -> None:
+        """The rows are the file's, where they are kept is the model's."""
+        model = model_at("online", dataset, replay_buffer_kwargs={"buffer_device": saved})
+        model.save_replay_buffer(tmp_path / "buffer.pkl")
+        loaded = saved_and_loaded(model, tmp_path, replay_buffer_kwargs={"buffer_device": changed})
+        loaded.set_dataset(dataset)
+        loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+        assert str(loaded.replay_buffer.buffer_device) == str(changed)
+        loaded.learn(2, reset_num_timesteps=False)
+        assert loaded.replay_buffer.n_online == 8
+
     def test_other_arguments(self, dataset: Any, tmp_path: Path) -> None:
         model = model_at("offline", dataset)
         loaded = saved_and_loaded(

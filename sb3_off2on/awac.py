@@ -23,6 +23,7 @@ from sb3_off2on.policies import (
     EnsembleCritic,
     EnsembleMultiInputPolicy,
     moment_matching,
+    trainable_parameters,
 )
 
 SelfAWAC = TypeVar("SelfAWAC", bound="AWAC")
@@ -87,7 +88,9 @@ class EnsembleGaussianActor(EnsembleActor):
     :param actor_kwargs: what they were built with
     """
 
-    def __init__(self, members: Sequence[GaussianActor], **actor_kwargs: Any) -> None:
+    member_class = GaussianActor
+
+    def __init__(self, members: Sequence[GaussianActor] | int, **actor_kwargs: Any) -> None:
         super().__init__(members, **actor_kwargs)
         self.action_dist = DiagGaussianDistribution(get_action_dim(self.action_space))  # type: ignore[assignment]
 
@@ -344,11 +347,12 @@ class AWAC(OfflineToOnline):
         # Compute actor loss: weighted likelihood of the replay's actions
         log_prob = distribution.log_prob(policy_actions).sum(dim=-1)
         assert log_prob.shape == weights.shape
-        actor_loss = -(weights * log_prob).mean(dim=1).sum()
+        # The sum over members while they are independent. When they act as one, each gets as large a gradient as alone
+        actor_loss = -ensemble_size * (weights * log_prob).mean()
 
         # Optimize the actor
         self.actor.optimizer.zero_grad()
-        actor_loss.backward(inputs=list(self.actor.parameters()))
+        actor_loss.backward(inputs=trainable_parameters(self.actor))
         self.actor.optimizer.step()
 
         # Update target networks
@@ -358,7 +362,7 @@ class AWAC(OfflineToOnline):
 
         return {
             "critic_loss": critic_loss.item() / (ensemble_size * self.critic.n_critics),
-            "actor_loss": actor_loss.item() / n_policies,
+            "actor_loss": actor_loss.item() / ensemble_size,
             "q_data": q_values.mean().item(),
             "advantage": advantages.mean().item(),
             "max_weight": weights.max(dim=1).values.mean().item(),

@@ -22,6 +22,7 @@ from sb3_off2on.policies import (
     EnsembleMultiInputPolicy,
     member_features,
     stack_modules,
+    trainable_parameters,
 )
 from sb3_off2on.vae import ConditionalVAE
 
@@ -99,6 +100,10 @@ class EnsembleVAE(EnsembleNetwork):
             setattr(self.model, name, stack_modules([getattr(member, name) for member in members]))
         fixed_latents = th.randn(self.ensemble_size, n_fixed_latents, self.model.latent_dim)
         self.register_buffer("fixed_latents", fixed_latents.clamp(-latent_clip, latent_clip))
+
+    def member_state(self, index: int) -> dict[str, th.Tensor]:
+        # How many latents are fixed depends on the ensemble, not on the member
+        return {name: value for name, value in super().member_state(index).items() if name != "fixed_latents"}
 
     def elbo(self, obs: PyTorchObs, actions: th.Tensor, per_member: bool) -> th.Tensor:
         """
@@ -237,6 +242,10 @@ class BCQPolicy(EnsembleCQLPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    def _stacked_networks(self) -> list[nn.Module]:
+        networks = [self.actor.perturbation, self.actor_target.perturbation, self.vae.model.encoder, self.vae.model.decoder]
+        return [*networks, self.critic.qf, self.critic_target.qf]
 
     def _network_kwargs(self) -> dict[str, Any]:
         return {
@@ -507,7 +516,7 @@ class BCQ(OfflineToOnline):
 
         # Optimize the actor
         self.actor.optimizer.zero_grad()
-        actor_loss.backward(inputs=list(self.actor.parameters()))
+        actor_loss.backward(inputs=trainable_parameters(self.actor))
         self.actor.optimizer.step()
 
         # Update target networks

@@ -6,6 +6,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
+from stable_baselines3.sac.policies import CnnPolicy, MultiInputPolicy, SACPolicy
 from stable_baselines3.sac.sac import SAC
 
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority, to_device
@@ -18,6 +19,7 @@ from sb3_off2on.policies import (
     EnsembleCQLPolicy,
     EnsembleCritic,
     EnsembleMultiInputPolicy,
+    trainable_parameters,
 )
 
 SelfOff2OnSAC = TypeVar("SelfOff2OnSAC", bound="Off2OnSAC")
@@ -31,7 +33,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
     Paper: https://proceedings.mlr.press/v164/lee22d.html
 
-    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy); ``ensemble_size`` is one of its arguments
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy, by name or as SAC's class);
+        ``ensemble_size`` is one of its arguments
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate of the actor and the entropy coefficient in the online phase
     :param buffer_size: size of the online part of the replay buffer
@@ -104,7 +107,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
     def __init__(
         self,
-        policy: str | type[EnsembleCQLPolicy],
+        policy: str | type[SACPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,  # 1e6
@@ -157,8 +160,13 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 f"gSDE is not supported, see EnsembleCQLPolicy: remove `use_sde={use_sde}`, "
                 f"`sde_sample_freq={sde_sample_freq}` and `use_sde_at_warmup={use_sde_at_warmup}`, or use `action_noise`"
             )
+        sb3_policies: dict[Any, type[EnsembleCQLPolicy]] = {
+            SACPolicy: EnsembleCQLPolicy,  # MlpPolicy
+            CnnPolicy: EnsembleCnnPolicy,
+            MultiInputPolicy: EnsembleMultiInputPolicy,
+        }
         super().__init__(
-            policy,
+            sb3_policies.get(policy, policy),
             check_action_space(env, verbose),  # type: ignore[arg-type]
             learning_rate,
             buffer_size,
@@ -217,7 +225,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
             cql_n_actions=1,
             cql_alpha_online=0,
             first_update_multiplier=1,
+            target_update_interval=1,
         )
+        self._check_integers("cql_n_actions", "first_update_multiplier", "target_update_interval")
         for name in ("cql_temp", "priority_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")
@@ -231,6 +241,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
         reference = self.density_ratio_kwargs.get("reference", "offline")
         if reference not in ("offline", "union"):
             raise ValueError(f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {reference!r}")
+        self._check_returns()
+
+    def _check_returns(self) -> None:
         if self.calql and self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward:
             raise ValueError(
                 "`calql=True` compares Q-values with the dataset's returns: use `VecNormalize(norm_reward=False)`"
@@ -279,6 +292,10 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self._setup_density_ratio()
         if self.calql:
             self.mc_returns = th.as_tensor(self.dataset.monte_carlo_returns(self.gamma), device=self.device)
+
+    def _prepare_dataset(self) -> None:
+        super()._prepare_dataset()
+        self._check_returns()  # once more, as the environment may be another one
 
     def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
         """
@@ -380,7 +397,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             min_qf_pi = q_values_pi.min(dim=1).values
             actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()
             self.actor.optimizer.zero_grad()
-            actor_loss.backward(inputs=list(self.actor.parameters()))
+            actor_loss.backward(inputs=trainable_parameters(self.actor))
             self.actor.optimizer.step()
 
             self._n_offline_updates += 1
@@ -594,7 +611,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
             # Optimize the actor
             self.actor.optimizer.zero_grad()
-            actor_loss.backward(inputs=list(self.actor.parameters()))
+            actor_loss.backward(inputs=trainable_parameters(self.actor))
             self.actor.optimizer.step()
 
             # Lines 19-22 of Algorithm 2

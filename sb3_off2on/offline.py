@@ -37,6 +37,9 @@ class TensorReader(KVWriter):
             if isinstance(value, th.Tensor) and value.ndim == 0:
                 key_values[key] = value.item()
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 class OfflineToOnline(OffPolicyAlgorithm):
     """
@@ -142,6 +145,18 @@ class OfflineToOnline(OffPolicyAlgorithm):
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
 
+    def _check_integers(self, *names: str) -> None:
+        """
+        Make integers of arguments like 1e6, which is how YAML files have them.
+
+        :param names: names of arguments
+        :raises ValueError: if one has a fraction
+        """
+        for name in names:
+            if not float(getattr(self, name)).is_integer():
+                raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)}")
+            setattr(self, name, int(getattr(self, name)))
+
     def _replay_without_priorities(self) -> None:
         """
         For algorithms that estimate no density ratio: a uniform replay unless another one is asked for.
@@ -156,6 +171,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
             )
 
     def _setup_model(self) -> None:
+        self._check_at_least(learning_starts=0)
+        self._check_integers("offline_gradient_steps", "offline_batch_size")
         super()._setup_model()
         assert isinstance(self.train_freq, TrainFreq)
         # SB3 raises this after the first rollout, which counts steps here
@@ -259,7 +276,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 discounted = 0.0 if end else discounted
             env.ret_rms.update(np.array(returns))
 
-    def _check_dataset(self) -> None:
+    def _prepare_dataset(self) -> None:
         assert self.replay_buffer is not None
         if self.offline_gradient_steps > 0 and self.dataset_info is None and not self.pretrained:
             raise ValueError(
@@ -276,6 +293,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 f"`replay_buffer_kwargs=dict(scheme={self.replay_buffer.scheme!r})` needs a dataset: "
                 "pass `dataset=...` or call `model.set_dataset(...)`, or choose 'uniform'"
             )
+        # The environment may have come after the dataset
+        self._seed_vec_normalize()
 
     @classmethod
     def load(
@@ -372,11 +391,16 @@ class OfflineToOnline(OffPolicyAlgorithm):
         tb_log_name: str | None,
     ) -> bool:
         """:return: whether no callback stopped the phase; parameters as ``learn_offline``"""
-        if gradient_steps < 1:
-            raise ValueError(f"`gradient_steps` must be at least 1, got {gradient_steps}")
+        if gradient_steps < 1 or not float(gradient_steps).is_integer():
+            raise ValueError(f"`gradient_steps` must be an integer of at least 1, got {gradient_steps}")
+        if log_interval is not None and log_interval < 1:
+            raise ValueError(f"`log_interval` must be at least 1, got {log_interval}: use None for no logs")
+        if self.env is None:
+            raise ValueError("The model has no environment, whose wrappers the data goes through: pass `env` to load()")
+        gradient_steps = int(gradient_steps)
         if dataset is not None:
             self.set_dataset(dataset)
-        self._check_dataset()
+        self._prepare_dataset()
         if self.dataset is None:
             raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
 
@@ -415,6 +439,10 @@ class OfflineToOnline(OffPolicyAlgorithm):
             if not continue_training:
                 break
 
+        if log_interval is None:  # what nobody logged is not for the online phase to log
+            for values in (self.logger.name_to_value, self.logger.name_to_count, self.logger.name_to_excluded):
+                for key in [key for key in values if key.startswith("offline/")]:
+                    del values[key]
         callback.on_training_end()
         return continue_training
 
@@ -436,10 +464,9 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
         :raises ValueError: if the model was trained with a dataset that is not attached
         """
-        self._check_dataset()
+        self._prepare_dataset()
         remaining = self.offline_gradient_steps - self._n_offline_updates
-        assembled = self.pretrained and self._n_offline_updates == 0  # from members that were trained elsewhere
-        is_due = self.dataset is not None and remaining > 0 and not self._handed_over and not assembled
+        is_due = self.dataset is not None and remaining > 0 and not self._handed_over
         offline_log_interval = None if log_interval is None else 1000
         if is_due and not self._learn_offline(None, remaining, callback, offline_log_interval, progress_bar, tb_log_name):
             return self
@@ -470,6 +497,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         and with them or a dataset the first rollout ends at ``learning_starts`` environment steps (or the next multiple of
         ``n_envs``).
         """
+        if replay_buffer.n_online == 0:  # a model that was saved in its first rollout, without its rows
+            self._n_first_steps = 0
         # A callback may have stopped the first rollout before
         missing = self.learning_starts - self._n_first_steps
         first = self._first_update_is_due and missing > 0

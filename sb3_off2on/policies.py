@@ -32,10 +32,14 @@ class EnsembleLinear(nn.Module):
     :param layers: the members' layers, all of one shape
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(th.stack([layer.weight.detach() for layer in layers]))
-        self.bias = nn.Parameter(th.stack([layer.bias.detach() for layer in layers]))
+        for name in ("weight", "bias"):  # a layer that was frozen stays so
+            members = [getattr(layer, name) for layer in layers]
+            setattr(self, name, nn.Parameter(th.stack(members).detach(), requires_grad=members[0].requires_grad))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
@@ -67,7 +71,8 @@ class EnsembleModule(nn.Module):
         parameters, buffers = stack_module_state(list(modules))
         for name, value in parameters.items():
             owner, _, leaf = name.rpartition(".")
-            setattr(self.template.get_submodule(owner), leaf, nn.Parameter(value.detach()))
+            parameter = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+            setattr(self.template.get_submodule(owner), leaf, parameter)
         for name, value in buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.template.get_submodule(owner), leaf, value.detach())
@@ -105,6 +110,14 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     if not first.state_dict():
         return first
     return EnsembleModule(modules)
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """
+    :param module: a network
+    :return: its parameters without the frozen ones, which ``backward(inputs=...)`` does not take
+    """
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def run_one(stacked: nn.Module, index: int, x: th.Tensor) -> th.Tensor:
@@ -187,12 +200,14 @@ class EnsembleActor(Actor):
     :param actor_kwargs: what they were built with
     """
 
+    member_class: type[Actor] = Actor
+
     def __init__(self, members: Sequence[Actor] | int, **actor_kwargs: Any) -> None:
         # Built without memory or random numbers: every network is replaced by the members' in the next lines
         with th.device("meta"):
             super().__init__(**actor_kwargs)
         if isinstance(members, int):
-            members = [Actor(**actor_kwargs) for _ in range(members)]
+            members = [self.member_class(**actor_kwargs) for _ in range(members)]
         self.ensemble_size = len(members)
         self.action_dist = SquashedGaussian(get_action_dim(self.action_space))  # type: ignore[assignment]
         extractors = [member.features_extractor for member in members]
@@ -417,8 +432,12 @@ class EnsembleCQLPolicy(SACPolicy):
         if compile_mode is not None:
             # Both phases, predictions and evaluations make a dozen kinds of call, above Dynamo's limit of 8 for a function
             th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, 32)
-            for network in (self.actor.latent_pi, self.critic.qf, self.critic_target.qf):
+            for network in self._stacked_networks():
                 network.compile(mode=compile_mode)  # in place: parameters keep their names
+
+    def _stacked_networks(self) -> list[nn.Module]:
+        """:return: those that are worth compiling"""
+        return [self.actor.latent_pi, self.critic.qf, self.critic_target.qf]
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> EnsembleActor:
         members = [super(EnsembleCQLPolicy, self).make_actor(features_extractor) for _ in range(self.ensemble_size)]

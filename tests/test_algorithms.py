@@ -17,15 +17,28 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_off2on import AWAC, BCQ, Off2OnSAC, load_dataset
 
 ALGORITHMS = (Off2OnSAC, AWAC, BCQ)
 DOCS = Path(__file__).parents[1] / "docs" / "modules"
 COUNTERS = ("num_timesteps", "_n_updates", "_n_offline_updates", "_episode_num", "pretrained", "_handed_over")
+
+
+class FrozenExtractor(FlattenExtractor):
+    """A linear encoder that is not trained."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.linear = th.nn.Linear(self.features_dim, self.features_dim).requires_grad_(False)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.linear(super().forward(observations))
+
 
 Algorithm = type[Off2OnSAC] | type[AWAC] | type[BCQ]
 
@@ -324,12 +337,13 @@ class TestCallbacks:
         def schedule(progress: float) -> float:
             return 1e-3 * progress
 
-        own: dict[str, Any] = {"offline_learning_rate": schedule} if cls is Off2OnSAC else {}
+        offline = {"offline_learning_rate": schedule, "offline_qf_learning_rate": schedule}
+        own: dict[str, Any] = offline if cls is Off2OnSAC else {}
         model = make(cls, dataset=dataset, learning_rate=schedule, **own)
         rates: list[float] = []
 
         def record(*_: Any) -> bool:
-            networks = [getattr(model.policy, name) for name in ("actor", "vae") if hasattr(model.policy, name)]
+            networks = [getattr(model.policy, name) for name in ("actor", "critic", "vae") if hasattr(model.policy, name)]
             (rate,) = {network.optimizer.param_groups[0]["lr"] for network in networks}
             rates.append(rate)
             return True
@@ -344,8 +358,13 @@ class TestCallbacks:
     def test_logged_keys_are_documented(self, cls: Algorithm, dataset: Any) -> None:
         page = (DOCS / {Off2OnSAC: "off2on_sac.md", AWAC: "awac.md", BCQ: "bcq.md"}[cls]).read_text()
         model = make(cls, dataset=dataset)
-        model.learn_offline(gradient_steps=2, log_interval=None)
-        seen = set(model.logger.name_to_value)
+        seen: set[str] = set()
+
+        def collect(*_: Any) -> bool:
+            seen.update(model.logger.name_to_value)
+            return True
+
+        model.learn_offline(gradient_steps=2, log_interval=None, callback=collect)
         model.learn(5, log_interval=10**6)
         seen |= set(model.logger.name_to_value)
         own = {name for name in seen if name.split("/")[0] in ("offline", "replay", "density_ratio")}
@@ -361,6 +380,44 @@ class TestCallbacks:
         assert [path.name for path in tmp_path.iterdir()] == [f"{cls.__name__}_1"]
 
 
+class TestPolicies:
+    def test_frozen_features_stay(self, cls: Algorithm, dataset: Any) -> None:
+        """As with SAC: a pretrained encoder that must not change."""
+        model = make(cls, dataset=dataset, policy_kwargs={"features_extractor_class": FrozenExtractor})
+        before = parameters_of(model.policy)
+        model.learn_offline(gradient_steps=2).learn(5)
+        # Not those of the target networks, which average equal numbers
+        frozen = [name for name in before if "features_extractor" in name and "linear" in name and "target" not in name]
+        assert len(frozen) >= 4
+        assert_same({name: model.policy.state_dict()[name] for name in frozen}, {name: before[name] for name in frozen})
+
+    def test_compile_mode(self, cls: Algorithm) -> None:
+        """Compilation itself waits for the first call."""
+        model = make(cls, policy_kwargs={"compile_mode": "default"})
+        assert model.policy.compile_mode == "default"
+        assert all(network._compiled_call_impl is not None for network in model.policy._stacked_networks())
+
+    def test_single_agents_become_an_ensemble(self, cls: Algorithm) -> None:
+        """With the arguments of the single agents but for their number."""
+        single = make(cls, policy_kwargs={"ensemble_size": 1})
+        ensemble = make(cls, policy_kwargs={"ensemble_size": 3})
+        member = single.policy.get_member(0)
+        ensemble.policy.set_member(2, member)
+        assert_same(ensemble.policy.get_member(2), member)
+
+    def test_hand_over_keeps_what_the_baselines_learned(self, cls: Algorithm, dataset: Any) -> None:
+        """Only Off2OnSAC starts its online phase with fresh optimizers."""
+        model = make(cls, dataset=dataset).learn_offline(gradient_steps=2)
+        before = state_of(model)
+        model._hand_over()
+        after = state_of(model)
+        if cls is Off2OnSAC:
+            assert not after["optimizers"]["actor.optimizer"]["state"]
+        else:
+            assert_same(after["networks"], before["networks"])
+            assert_same(after["optimizers"], before["optimizers"])
+
+
 class TestEnvironments:
     def test_several(self, cls: Algorithm, dataset: Any) -> None:
         model = make(cls, make_vec_env("Pendulum-v1", n_envs=3), dataset=dataset)
@@ -369,8 +426,18 @@ class TestEnvironments:
 
     def test_vec_normalize(self, cls: Algorithm) -> None:
         model = make(cls, VecNormalize(DummyVecEnv([TinyEnv])), dataset=make_dataset(2, 30, env=TinyEnv()))
+        normalizers = []
+        for name in ("sample", "sample_offline"):
+            draw = getattr(model.replay_buffer, name)
+
+            def spy(batch_size: int, env: Any = None, draw: Any = draw) -> Any:
+                normalizers.append(env)
+                return draw(batch_size, env=env)
+
+            setattr(model.replay_buffer, name, spy)
         model.learn_offline(gradient_steps=2).learn(6)
-        assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+        assert len(normalizers) >= 2 + model._n_updates
+        assert set(normalizers) == {model.get_vec_normalize_env()}
 
     @pytest.mark.parametrize(
         ("observation_space", "policy"),
@@ -463,8 +530,8 @@ class TestArguments:
             make(cls, TinyEnv(action_space=space))
 
     def test_policy_of_another_algorithm(self, cls: Algorithm) -> None:
-        with pytest.raises(ValueError, match=r"`policy` must be a name or derived from \w+, got SACPolicy"):
-            cls(SACPolicy, "Pendulum-v1")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"`policy` must be a name or derived from \w+, got TD3Policy"):
+            cls(TD3Policy, "Pendulum-v1")  # type: ignore[arg-type]
 
     def test_dataset_of_another_environment(self, cls: Algorithm, dataset: Any) -> None:
         model = make(cls, TinyEnv())

@@ -299,6 +299,26 @@ class TestMembers:
         for one, other in zip(*(model.policy.parameters() for model in models), strict=True):
             np.testing.assert_allclose(one.detach().numpy(), other.detach().numpy(), rtol=0, atol=1e-10)
 
+    def test_equal_members_move_as_one_agent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Online, where they are one policy, each member learns as fast as an agent alone."""
+        sgd = {"optimizer_class": th.optim.SGD, "actor_weight_decay": 0.0}
+        single, ensemble = (
+            make_awac(learning_rate=0.1, policy_kwargs={**sgd, "ensemble_size": ensemble_size}) for ensemble_size in (1, 3)
+        )
+        for index in range(3):
+            ensemble.policy.set_member(index, single.policy.get_member(0))
+        noise = RecordedSamples(monkeypatch)
+        for model in (single, ensemble):
+            noise.start(0, None)
+            model._update(random_batch(16), per_member=False)
+        expected = single.policy.get_member(0)
+        for index in range(3):
+            for network, state in ensemble.policy.get_member(index).items():
+                for name, value in state.items():
+                    np.testing.assert_allclose(
+                        value.numpy(), expected[network][name].numpy(), rtol=0, atol=1e-10, err_msg=name
+                    )
+
 
 class TestErrors:
     @pytest.mark.parametrize(

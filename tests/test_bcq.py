@@ -263,7 +263,7 @@ class TestActing:
         for index, member in enumerate(members):
             for draw in range(2):
                 latents = (
-                    member["vae"]["fixed_latents"][draw].expand(7, -1).numpy()
+                    model.vae.fixed_latents[index, draw].expand(7, -1).numpy()
                     if deterministic
                     else noise.draws[0][index, draw]
                 )
@@ -299,7 +299,7 @@ class TestMembers:
         batch_size, n_updates = 8, 4
         kwargs: dict[str, Any] = {"dataset": make_dataset(), "learning_rate": 1e-2, "n_target_actions": 3}
         ensemble = make_bcq(**kwargs)
-        singles = [make_bcq(policy_kwargs={"ensemble_size": 1, "n_candidates": 2}, **kwargs) for _ in range(N_MEMBERS)]
+        singles = [make_bcq(policy_kwargs={"ensemble_size": 1}, **kwargs) for _ in range(N_MEMBERS)]
         for index, single in enumerate(singles):
             single.policy.set_member(0, ensemble.policy.get_member(index))
         noise = RecordedNoise(monkeypatch)

@@ -566,12 +566,12 @@ class TestEntryPoints:
         two = small_model(dataset=dataset).learn_offline(gradient_steps=4).learn(6)
         assert_same(one.get_parameters(), two.get_parameters())
 
-    def test_learn_does_not_pretrain_agents_from_elsewhere(self, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> None:
-        model = small_model(dataset=dataset, offline_gradient_steps=4)
+    @pytest.mark.parametrize("offline_gradient_steps", [0, 4])
+    def test_agents_from_elsewhere(self, dataset: Any, offline_gradient_steps: int) -> None:
+        """They go through an offline phase only where one is asked for."""
+        model = small_model(dataset=dataset, offline_gradient_steps=offline_gradient_steps)
         pretrain(model, "members")
-        offline = spy(monkeypatch, model, "train_offline")
-        model.learn(10)
-        assert not offline
+        assert model.learn(10)._n_offline_updates == offline_gradient_steps
 
     def test_pretrain_offline_with_the_datasets_env(self, dataset: Any) -> None:
         recorder = Recorder(lambda model: model.num_timesteps)
@@ -906,7 +906,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("gradient_steps", [0, -1])
     def test_no_gradient_steps(self, dataset: Any, gradient_steps: int) -> None:
-        with pytest.raises(ValueError, match=f"`gradient_steps` must be at least 1, got {gradient_steps}"):
+        with pytest.raises(ValueError, match=f"`gradient_steps` must be an integer of at least 1, got {gradient_steps}"):
             small_model().learn_offline(dataset, gradient_steps=gradient_steps)
 
     def test_learn_offline_without_dataset(self) -> None:
@@ -937,8 +937,11 @@ class TestErrors:
         assert not any(network.optimizer.state for network in (model.actor, model.critic))
 
     def test_policy_class(self) -> None:
-        with pytest.raises(ValueError, match="`policy` must be a name or derived from EnsembleCQLPolicy, got SACPolicy"):
-            Off2OnSAC(SACPolicy, "Pendulum-v1")  # type: ignore[arg-type]
+        class OwnPolicy(SACPolicy):
+            pass
+
+        with pytest.raises(ValueError, match="`policy` must be a name or derived from EnsembleCQLPolicy, got OwnPolicy"):
+            Off2OnSAC(OwnPolicy, "Pendulum-v1")
 
     def test_nan(self) -> None:
         with pytest.raises(ValueError, match="`cql_alpha` must be at least 0, got nan"):

@@ -26,9 +26,10 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnMaxEpisodes,
     StopTrainingOnRewardThreshold,
 )
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import KVWriter, Logger, configure
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.sac import policies as sac_policies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from test_offline import FakeBar
 
@@ -733,3 +734,95 @@ class TestDeployment:
         assert_same(loaded.get_parameters(), model.get_parameters())
         assert not any("_orig_mod" in name for name in loaded.get_parameters()["policy"])
         loaded.learn(2, reset_num_timesteps=False)
+
+
+# ---------------------------------------------------------------------- in another order than usual
+
+
+class TestOrder:
+    def test_vec_normalize_after_the_dataset(self, dataset: OfflineDataset) -> None:
+        model = small_model(TinyEnv(), dataset=dataset)
+        model.set_env(normalized(tiny_envs()))
+        model.learn_offline(gradient_steps=1)
+        statistics = model._vec_normalize_env
+        assert statistics is not None
+        assert not isinstance(statistics.obs_rms, dict)
+        assert statistics.obs_rms.count > len(dataset.observations)
+
+    def test_calql_and_normalized_rewards(self, dataset: OfflineDataset) -> None:
+        model = small_model(TinyEnv(), dataset=dataset, calql=True)
+        model.set_env(normalized(tiny_envs()))
+        with pytest.raises(ValueError, match="`calql=True` compares Q-values with the dataset's returns"):
+            model.learn_offline(gradient_steps=1)
+
+    def test_no_environment(self, dataset: OfflineDataset, tmp_path: Path) -> None:
+        small_model(TinyEnv()).save(tmp_path / "model")
+        with pytest.raises(ValueError, match=r"The model has no environment, .*: pass `env` to load\(\)"):
+            Off2OnSAC.load(tmp_path / "model").learn_offline(dataset, gradient_steps=1)
+
+    def test_logger_can_be_closed(self, dataset: OfflineDataset, tmp_path: Path) -> None:
+        model = small_model(TinyEnv(), dataset=dataset)
+        model.set_logger(configure(str(tmp_path), ["csv"]))
+        model.learn_offline(gradient_steps=2).learn(6)
+        model.logger.close()
+        assert (tmp_path / "progress.csv").read_text()
+
+    def test_no_logs_of_the_offline_phase_online(self, dataset: OfflineDataset) -> None:
+        model = small_model(TinyEnv(), dataset=dataset)
+        dumps = Dumps.of(model)
+        model.learn_offline(gradient_steps=2, log_interval=None).learn(12, log_interval=1)
+        assert dumps.values
+        assert not [key for values in dumps.values for key in values if key.startswith("offline/")]
+
+    def test_saved_in_the_first_rollout(self, dataset: OfflineDataset, tmp_path: Path) -> None:
+        """Without its replay buffer it starts over: the first update needs its rows."""
+        model = small_model(TinyEnv(), dataset=dataset, learning_starts=10)
+        model.learn_offline(gradient_steps=1)
+        model.learn(10, callback=lambda locals_, _: locals_["self"].num_timesteps < 5)
+        model.save(tmp_path / "model")
+        loaded = Off2OnSAC.load(tmp_path / "model", env=TinyEnv(), dataset=dataset)
+        rows = Spy(lambda spy: (spy.model.replay_buffer.n_online, spy.model._n_updates))  # type: ignore[attr-defined]
+        loaded.learn(11, rows, reset_num_timesteps=False)
+        assert next(n_rows for n_rows, n_updates in rows.calls if n_updates > 0) >= 10
+
+    def test_offline_phase_of_assembled_members(self, dataset: OfflineDataset) -> None:
+        model = small_model(TinyEnv(), dataset=dataset, offline_gradient_steps=2)
+        model.set_member(0, model.get_member(1))
+        assert model.learn(1)._n_offline_updates == 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"first_update_multiplier": 2.5}, "`first_update_multiplier` must be an integer, got 2.5"),
+        ({"offline_batch_size": 2.5}, "`offline_batch_size` must be an integer, got 2.5"),
+        ({"offline_gradient_steps": float("inf")}, "`offline_gradient_steps` must be an integer, got inf"),
+        ({"learning_starts": -5}, "`learning_starts` must be at least 0, got -5"),
+        ({"target_update_interval": 0}, "`target_update_interval` must be at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range(kwargs: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(match)):
+        small_model(TinyEnv(), **kwargs)
+
+
+def test_integers_written_as_floats(dataset: OfflineDataset) -> None:
+    """1e6 is a float in YAML."""
+    model = small_model(TinyEnv(), dataset=dataset, offline_gradient_steps=3.0, offline_batch_size=4.0)
+    assert model.learn(1)._n_offline_updates == 3
+    with pytest.raises(ValueError, match=r"`gradient_steps` must be an integer of at least 1, got 2\.5"):
+        model.learn_offline(gradient_steps=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`log_interval` must be at least 1, got 0: use None for no logs"):
+        model.learn_offline(gradient_steps=1, log_interval=0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "policy_class"),
+    [
+        (sac_policies.MlpPolicy, OBSERVATIONS, EnsembleCQLPolicy),
+        (sac_policies.CnnPolicy, IMAGE_SPACE, EnsembleCnnPolicy),
+        (sac_policies.MultiInputPolicy, DICT_SPACE, EnsembleMultiInputPolicy),
+    ],
+)
+def test_policy_classes_of_sac(policy: Any, space: spaces.Space, policy_class: type) -> None:
+    assert type(small_model(TinyEnv(space), policy).policy) is policy_class

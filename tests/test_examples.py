@@ -35,3 +35,17 @@ def test_offline_to_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         result = json.loads((tmp_path / f"{scheme}.json").read_text())
         assert result["steps"] == [1000]
         assert result["worst_first_5k"] <= result["offline"]
+
+
+def test_sampled_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both forms are trained and compared; the second time they are only compared."""
+    arguments = "--n-seeds 2 --offline-steps 8 --offline-batch-size 4 --cql-n-actions 2 --n-evaluations 2 --eval-episodes 1"
+    monkeypatch.setattr(sys, "argv", ["", DATASET, *arguments.split(), "--out", str(tmp_path)])
+    for _ in range(2):
+        runpy.run_path(str(EXAMPLES / "sampled_gradient.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert output.count("sampled 8: ") == output.count("full 8: ") == 1
+    assert output.count("95% interval") == 2
+    for form in ("sampled", "full"):
+        result = json.loads((tmp_path / f"{form}.json").read_text())
+        assert [len(returns) for returns in result["evaluations"]] == [2, 2]

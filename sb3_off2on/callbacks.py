@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
+from sb3_off2on.datasets import normalized_score
 from sb3_off2on.offline import OfflineToOnline
 from sb3_off2on.policies import EnsembleCritic
 
@@ -70,9 +71,7 @@ class NormalizedScoreCallback(BaseCallback):
         _check_parent(self)
 
     def _on_step(self) -> bool:
-        ref_min_score, ref_max_score = self._scores()
-        score = 100.0 * (self.parent.last_mean_reward - ref_min_score) / (ref_max_score - ref_min_score)
-        self.logger.record("eval/normalized_score", score)
+        self.logger.record("eval/normalized_score", normalized_score(self.parent.last_mean_reward, *self._scores()))
         # The parent has just dumped its own values: without another dump, the score would get a later timestep
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sb3_off2on.datasets import D4RL_REFERENCE_SCORES, load_dataset
+from sb3_off2on.datasets import D4RL_REFERENCE_SCORES, load_dataset, normalized_score
 from sb3_off2on.envs import make_dataset
 
 # Our command: RL Zoo's module, its function (None where the module itself is the script), and what it does
@@ -149,7 +149,7 @@ def _row(dataset: minari.MinariDataset) -> list[str]:
     scores = storage.metadata.get("ref_min_score"), storage.metadata.get("ref_max_score")
     if None in scores and dataset.env_spec is not None:
         scores = D4RL_REFERENCE_SCORES.get(dataset.env_spec.name, scores)
-    score = "-" if None in scores else f"{100 * (mean_return - scores[0]) / (scores[1] - scores[0]):.1f}"
+    score = "-" if None in scores else f"{normalized_score(mean_return, *scores):.1f}"
     return [
         f"{dataset.id}\n  {_describe(dataset.observation_space)} -> {_describe(dataset.action_space)}",
         f"{dataset.total_steps:,}",

@@ -206,7 +206,7 @@ class OfflineDataset:
                 f"{self.source} has no reference scores: give ref_min_score and ref_max_score, "
                 "e.g. dataclasses.replace(dataset, ref_min_score=..., ref_max_score=...)."
             )
-        return 100.0 * (returns - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
+        return normalized_score(returns, self.ref_min_score, self.ref_max_score)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -263,6 +263,18 @@ class OfflineDataset:
                 "the dataset with the environment's wrappers (e.g. VecFrameStack)."
             )
         return replace(self, frames=frames, observation_space=observation_space)
+
+
+def normalized_score(returns: Any, ref_min_score: float, ref_max_score: float) -> Any:
+    """
+    D4RL's normalized score.
+
+    :param returns: undiscounted return(s)
+    :param ref_min_score: return of a random policy
+    :param ref_max_score: return of an expert
+    :return: of the same shape; 0 for the former, 100 for the latter
+    """
+    return 100.0 * (returns - ref_min_score) / (ref_max_score - ref_min_score)
 
 
 def map_arrays(function: Callable[..., Any], *observations: Any) -> Any:

@@ -47,8 +47,8 @@ def draw_softmax_actions(q_sampled: th.Tensor, log_density: th.Tensor, temperatu
     :return: indices of the drawn actions, shape ``(ensemble_size, n_critics, batch_size)``
     """
     logits = q_sampled / temperature - log_density.unsqueeze(1)
-    # Gumbel-max: the argmax of logits with Gumbel noise, -log(Exponential(1)), is distributed as their softmax
-    return (logits - th.empty_like(logits).exponential_().log()).argmax(dim=2)
+    # Gumbel-max: the argmax of logits with Gumbel noise, -log(-log(Uniform(0, 1))), is distributed as their softmax
+    return (logits - th.rand_like(logits).log_().neg_().log_()).argmax(dim=2)
 
 
 def calql_lower_bound(q_policy: th.Tensor, mc_returns: th.Tensor) -> th.Tensor:

@@ -4,8 +4,9 @@ gets a leading member axis, so that one batched product serves all members. Stat
 names, which is what lets an agent trained with ``SAC`` become a member.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial, reduce
 from typing import Any
 
 import torch as th
@@ -120,26 +121,40 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def run_one(stacked: nn.Module, index: int, x: th.Tensor) -> th.Tensor:
+def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Tensor], th.Tensor]]:
     """
-    One of the networks that ``stack_modules`` made one module of. Without gradient.
+    The networks that ``stack_modules`` made one module of, one by one. For a CPU and without gradient.
 
     :param stacked: what ``stack_modules`` returned
-    :param index: which of them
-    :param x: shape ``(batch_size, in_features)``
-    :return: shape ``(batch_size, out_features)``
+    :param n_modules: of how many
+    :return: functions from shape ``(batch_size, in_features)`` to ``(batch_size, out_features)``
     """
     if isinstance(stacked, nn.Sequential):
-        for layer in stacked:
-            x = run_one(layer, index, x)
-        return x
+        networks = zip(*(unstack_modules(layer, n_modules) for layer in stacked), strict=True)
+        return [partial(reduce, lambda x, layer: layer(x), layers) for layers in networks]
     if isinstance(stacked, EnsembleLinear):
-        # In place, as the product is still in the cache
-        return (x @ stacked.weight[index].T).add_(stacked.bias[index])
+        weights = pad_columns(stacked.weight).transpose(1, 2)
+        return [partial(_linear, weight, bias) for weight, bias in zip(weights, stacked.bias, strict=True)]
     if isinstance(stacked, EnsembleModule):
-        state = {name: value[index] for name, value in stacked.template.state_dict().items()}
-        return functional_call(stacked.template, state, (x,))
-    return stacked(x)
+        states = [{name: value[index] for name, value in stacked.template.state_dict().items()} for index in range(n_modules)]
+        return [partial(functional_call, stacked.template, state) for state in states]
+    return [stacked] * n_modules
+
+
+def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:
+    # The sum is in place, as the product is still in the cache
+    return (pad_columns(x) @ weight).add_(bias)
+
+
+def pad_columns(x: th.Tensor) -> th.Tensor:
+    """
+    Matrix products of float32 take up to twice as long on a CPU where rows are no multiple of 32 bytes.
+
+    :param x: shape ``(..., n)``
+    :return: with zeros behind, up to the next multiple of 8 columns
+    """
+    missing = -x.shape[-1] % 8
+    return nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def member_features(network: BaseModel, obs: PyTorchObs, ensemble_size: int, per_member: bool) -> th.Tensor:
@@ -332,10 +347,11 @@ class EnsembleCritic(BaseModel):
         features = features.unsqueeze(1).expand(-1, n_actions, -1, -1)
         if th.is_grad_enabled() or actions.device.type != "cpu":
             return self.q_values(features.flatten(1, 2), actions.flatten(1, 2).unsqueeze(1)).view(shape)
+        q_networks = unstack_modules(self.qf, self.ensemble_size * self.n_critics)
         q_values = []
-        for index, q_input in enumerate(th.cat([features, actions], dim=-1).flatten(1, 2)):
-            for network in range(index * self.n_critics, (index + 1) * self.n_critics):
-                q_values += [run_one(self.qf, network, rows) for rows in q_input.split(MAX_ROWS_AT_ONCE)]
+        for index, q_input in enumerate(pad_columns(th.cat([features, actions], dim=-1)).flatten(1, 2)):
+            for q_network in q_networks[index * self.n_critics : (index + 1) * self.n_critics]:
+                q_values += [q_network(rows) for rows in q_input.split(MAX_ROWS_AT_ONCE)]
         return th.cat(q_values).view(shape)
 
     def member_q_values(self, obs: PyTorchObs, actions: th.Tensor, per_member: bool = False) -> th.Tensor:

@@ -147,14 +147,14 @@ class TestOfflinePhase:
 
         batches = [random_batch(n_members * batch_size, seed=10 + update) for update in range(n_updates)]
         # Noise by request: the k-th request of an update gets the k-th block, of which a single agent takes its part
-        normal, exponential, uniform = (Noise(kind, n_members) for kind in ("normal", "exponential", "uniform"))
+        normal, unit, uniform = (Noise(kind, n_members) for kind in ("normal", "unit", "uniform"))
         monkeypatch.setattr("torch.distributions.normal._standard_normal", normal.standard_normal)
-        monkeypatch.setattr(th.Tensor, "exponential_", lambda tensor: exponential.fill(tensor))
+        monkeypatch.setattr(th, "rand_like", lambda tensor: unit.fill(th.empty_like(tensor)))
         monkeypatch.setattr(th.Tensor, "uniform_", lambda tensor, low, high: uniform.fill(tensor))
 
         def run(model: Any, member: int | None) -> None:
             for update, batch in enumerate(batches):
-                for noise in (normal, exponential, uniform):
+                for noise in (normal, unit, uniform):
                     noise.start(update, member)
                 if member is not None:
                     rows = slice(member * batch_size, (member + 1) * batch_size)
@@ -188,8 +188,8 @@ class Noise:
     def block(self, shape: tuple[int, ...]) -> th.Tensor:
         members = 1 if self.member is None else self.n_members
         full = (shape[0] * members, *shape[1:])
-        draw = {"normal": self.rng.normal, "exponential": self.rng.exponential, "uniform": None}[self.kind]
-        values = self.rng.uniform(-1, 1, full) if draw is None else draw(size=full)
+        lowest = {"normal": None, "unit": 0, "uniform": -1}[self.kind]
+        values = self.rng.normal(size=full) if lowest is None else self.rng.uniform(lowest, 1, full)
         if self.member is not None:
             values = values[self.member * shape[0] : (self.member + 1) * shape[0]]
         return th.as_tensor(values)

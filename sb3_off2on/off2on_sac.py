@@ -297,28 +297,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
         super()._prepare_dataset()
         self._check_returns()  # once more, as the environment may be another one
 
-    def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
-        """
-        :param index: which member
-        :return: copies of the state dicts of ``actor``, ``critic`` and ``critic_target``, as SB3's networks load them
-        :raises ValueError: if there is no such member
-        """
-        return self.policy.get_member(index)
-
     def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
-        """
-        Make an agent that was trained elsewhere a member of the ensemble, see ``EnsembleCQLPolicy.set_member``. The model
-        counts as pretrained: its actions are played from the first step on.
-
-        :param index: which member
-        :param member: state dicts of ``actor``, ``critic`` and, optionally, ``critic_target``
-        :raises ValueError: if there is no such member, or the parameters do not fit
-        """
-        self.policy.set_member(index, member)
-        # Nothing that was gathered about the parameters before holds for the new ones
-        self.policy.reset_optimizers()
+        super().set_member(index, member)
         self.offline_log_ent_coef.data[index] = self._initial_log_ent_coef
-        self.pretrained, self._handed_over = True, False
 
     # ------------------------------------------------------------------ offline phase (Algorithm 1)
 

@@ -64,7 +64,7 @@ class EnsembleNetwork(BaseModel):
         # Those of a saved ensemble come stacked already
         is_stacked = isinstance(first, EnsembleModule)
         self.features_dim = first.template.features_dim if is_stacked else first.features_dim
-        self.features_extractor = first if is_stacked else stack_modules(features_extractors)
+        self.features_extractor = first if is_stacked else stack_modules(features_extractors)  # type: ignore[assignment]
 
     def extract_member_features(self, obs: PyTorchObs, per_member: bool) -> th.Tensor:
         """

@@ -1,6 +1,8 @@
 """The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
@@ -414,8 +416,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
         log_interval: int | None,
         progress_bar: bool,
         tb_log_name: str | None,
+        train: Callable[..., None] | None = None,
     ) -> bool:
-        """:return: whether no callback stopped the phase; parameters as ``learn_offline``"""
+        """
+        :param train: does the updates, by default those of ``train_offline``; the other parameters as ``learn_offline``
+        :return: whether no callback stopped the phase
+        """
         if gradient_steps < 1 or not float(gradient_steps).is_integer():
             raise ValueError(f"`gradient_steps` must be an integer of at least 1, got {gradient_steps}")
         if log_interval is not None and log_interval < 1:
@@ -423,6 +429,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if self.env is None:
             raise ValueError("The model has no environment, whose wrappers the data goes through: pass `env` to load()")
         gradient_steps = int(gradient_steps)
+        train = train or partial(self.train_offline, batch_size=self.offline_batch_size)
         if dataset is not None:
             self.set_dataset(dataset)
         self._prepare_dataset()
@@ -447,7 +454,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
             self._current_progress_remaining = 1.0 - n_done / gradient_steps
             # SB3's callbacks take a call for `n_envs` time steps: progress bars count so, and so are frequencies given
             n_updates = min(self.n_envs, gradient_steps - n_done)
-            self.train_offline(gradient_steps=n_updates, batch_size=self.offline_batch_size)
+            train(gradient_steps=n_updates)
             n_done += n_updates
             self.num_timesteps += n_updates
             self.pretrained, self._handed_over = True, False

@@ -163,6 +163,7 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         learn = model.learn_offline
     model.set_logger(configure(str(job.folder), ["csv"]))
     learn(gradient_steps=settings["gradient_steps"], callback=ReportCallback(report))
+    model.logger.close()
     model.save(job.folder / "model")
     return {}
 
@@ -221,6 +222,7 @@ def fine_tune(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     evaluation.evaluations_results.append(returns)  # type: ignore[arg-type]
     evaluation.evaluations_length.append(lengths)  # type: ignore[arg-type]
     model.learn(settings["online_steps"], callback=callbacks, log_interval=1)
+    model.logger.close()
     return {"num_timesteps_at_start": start}
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,25 @@ import pandas as pd
 import pytest
 import torch as th
 import yaml
-from helpers import assert_same, make_dataset
-from stable_baselines3 import SAC
+from helpers import IMAGE_SPACE, TinyEnv, assert_same, make_dataset
 
 from sb3_off2on import AWAC, BCQ, Off2OnSAC, cli, collect_dataset
 from sb3_off2on.datasets import load_dataset
 from sb3_off2on.reproduce import analyses, command, runs, systems
 from sb3_off2on.reproduce.analyses import Run, TaskInfo
-from sb3_off2on.reproduce.systems import HYPERPARAMS_FOLDER, PRETRAINING, SYSTEMS, Job, Task
+from sb3_off2on.reproduce.systems import HYPERPARAMS_FOLDER, SYSTEMS, Job, Task
 from sb3_off2on.zoo import OfflineToOnlineExperimentManager
 
 TASK = "Pendulum-v1-pendulum-random-v0"
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
+# Name: file, agents it starts with, N, replay, weight of CQL's term online
+DOCUMENTED = {
+    name: (file.strip("`"), starts_with.strip("`"), *rest)
+    for _, names, file, starts_with, *rest in (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines() if line.count("|") == 8
+    )
+    for name in re.findall(r"`(\w+)`", names)
+}
 CONFIGURATIONS = ("sac_ft", "cql_ft", "calql", "symmetric")
 
 
@@ -40,8 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield "pendulum/random-v0"
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks and batches of the published values in small, and the first update after 20 steps."""
     published = systems.hyperparameters
 
@@ -55,6 +62,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(systems, "hyperparameters", hyperparameters)
     monkeypatch.setattr(systems, "VAE_STEPS", 20)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with agents of every family."""
+    out = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink(monkeypatch)
+        for name in ("fqe_init", "awac", "bcq_ft", "calql"):
+            for job in jobs_of(data, out, name)[:-1]:
+                runs.run_job(job, lambda done: None)
+    return out
 
 
 @pytest.fixture
@@ -197,7 +221,11 @@ class TestCommand:
 
     def test_processes(self, data: str, tmp_path: Path) -> None:
         """Side by side; one that fails takes with it those that need it."""
-        good, bad, after_bad = jobs_of(data, tmp_path, "sac")[0], jobs_of(data, tmp_path, "tqc")[0], jobs_of(data, tmp_path, "crossq")[0]
+        good, bad, after_bad = (
+            jobs_of(data, tmp_path, "sac")[0],
+            jobs_of(data, tmp_path, "tqc")[0],
+            jobs_of(data, tmp_path, "crossq")[0],
+        )
         bad.settings["algorithm"] = "Unknown"
         after_bad = Job(after_bad.folder, after_bad.settings, 40, after_bad.task, bad.folder)
         failed = runs.run_all([good, bad, after_bad], 2)
@@ -209,13 +237,311 @@ class TestCommand:
         assert not bad.is_finished()
 
 
-@pytest.fixture(scope="module")
-def pretrained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Agents of every family, from two updates."""
-    out = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context():
-        for name in ("fqe_init", "awac", "bcq_ft", "calql"):
-            for job in jobs_of(data, out, name)[:-1]:
-                if not job.is_finished():
-                    runs.run_job(job, lambda done: None)
-    return out
+class TestSystems:
+    def test_all_are_documented(self) -> None:
+        assert set(DOCUMENTED) == set(SYSTEMS)
+        figures = re.findall(r"^\| (`fig.*?|`today`) \| (.*?) \|", PAGE.read_text(), flags=re.MULTILINE)
+        compared = {
+            name: tuple(re.findall(r"`(\w+)`", cells)) for names, cells in figures for name in re.findall(r"`(\w+)`", names)
+        }
+        assert compared == {name: figure.systems for name, figure in command.FIGURES.items()}
+
+    @pytest.mark.parametrize("name", SYSTEMS)
+    def test_is_what_the_table_says(self, name: str, data: str, pretrained: Path) -> None:
+        file, starts_with, ensemble_size, replay, cql_alpha_online = DOCUMENTED[name]
+        assert SYSTEMS[name].config == (
+            file if file != "-" else type(runs.make_model(jobs_of(data, pretrained, name)[-1])).__name__
+        )
+        assert SYSTEMS[name].pretraining == (None if starts_with == "-" else starts_with)
+        *before, job = jobs_of(data, pretrained, name)
+        assert all(one.is_finished() for one in before)
+        model = runs.make_model(job)
+        assert model.seed == 0
+        if replay == "no dataset":
+            assert not hasattr(model, "dataset")
+            return
+        assert type(model) is {"awac": AWAC, "bcq": BCQ}.get(file, Off2OnSAC)
+        # N = 5 is 2 in these tests
+        assert model.policy.ensemble_size == min(int(ensemble_size), 2)
+        assert model.replay_buffer.scheme == replay
+        assert model.dataset.fingerprint == load_dataset(data).fingerprint
+        if cql_alpha_online != "-":
+            assert model.cql_alpha_online == float(cql_alpha_online)
+        if name == "other_ratio":
+            assert model.density_ratio_kwargs == {"reference": "union"}
+        assert model.pretrained == bool(before)
+        if before:
+            agents = type(model).load(before[-1].folder / "model")
+            assert agents._n_offline_updates == (4 + 1 if starts_with == "fqe" else 4)
+            for index in range(model.policy.ensemble_size):
+                assert_same(model.get_member(index), agents.get_member(index))
+
+    def test_pretrained_agents(self, data: str, pretrained: Path) -> None:
+        """FQE has the policies of CQL and critics of its own; only Cal-QL has the bound."""
+        cql, fqe, calql = (
+            Off2OnSAC.load(pretrained / TASK / "pretrained" / f"{family}_seed_0" / "model")
+            for family in ("cql", "fqe", "calql")
+        )
+        assert_same(fqe.get_member(1)["actor"], cql.get_member(1)["actor"])
+        assert not th.equal(fqe.get_member(1)["critic"]["qf0.0.weight"], cql.get_member(1)["critic"]["qf0.0.weight"])
+        assert (cql.calql, calql.calql) == (False, True)
+        assert calql.policy.ensemble_size == 1
+
+    @pytest.mark.parametrize("name", ["awac", "bcq_ft", "calql", "cql_ft", "fqe_init_n1", "symmetric", "tqc"])
+    def test_runs(self, name: str, data: str, pretrained: Path) -> None:
+        """From its first evaluation to its last; what it logs is what the analyses read."""
+        job = jobs_of(data, pretrained, name)[-1]
+        reported: list[int] = []
+        runs.run_job(job, reported.append)
+        assert job.is_finished()
+        assert reported == list(range(1, 41))
+        run = Run(job.folder)
+        assert run.steps.tolist() == [0, 10, 20, 30, 40]
+        if name != "tqc":
+            _, share = analyses.offline_share(run)[""]
+            expected = {"cql_ft": 0, "symmetric": 50, "calql": 50}
+            assert share.tolist() == [expected[name]] * len(share) if name in expected else (share <= 100).all()
+            assert len(share) > 0
+
+    @pytest.mark.parametrize("config", CONFIGURATIONS)
+    def test_rl_zoo_takes_the_file(self, config: str, tmp_path: Path) -> None:
+        path = HYPERPARAMS_FOLDER / f"{config}.yml"
+        block = yaml.safe_load(path.read_text())["default"]
+        manager = OfflineToOnlineExperimentManager(
+            argparse.Namespace(dataset=None),
+            "off2on_sac",
+            "Pendulum-v1",
+            str(tmp_path),
+            eval_freq=-1,
+            config=str(path),
+            hyperparams={"offline_gradient_steps": 0},
+        )
+        model = manager.setup_experiment()[0]  # type: ignore[index]
+        assert manager.n_timesteps == 250_000
+        assert model.policy.ensemble_size == eval(block["policy_kwargs"])["ensemble_size"]
+        assert model.replay_buffer.scheme == eval(block["replay_buffer_kwargs"])["scheme"]
+        for name in set(block) - {
+            "n_timesteps",
+            "policy",
+            "policy_kwargs",
+            "replay_buffer_kwargs",
+            "train_freq",
+            "offline_gradient_steps",
+        }:
+            value = getattr(model, name)
+            assert (value(1.0) if callable(value) else value) == block[name], name
+
+
+class TestPlan:
+    def test_scale(self, data: str, tmp_path: Path) -> None:
+        """The paper's numbers at 1, their share below."""
+
+        def plan(name: str, *more: str) -> list[int]:
+            args = command.make_parser("").parse_args(["fig3", "--dataset", data, "--out", str(tmp_path), *more])
+            return [job.n_steps for job in systems.make_jobs(args, Task((data,), None), SYSTEMS[name], name, 0)]
+
+        assert plan("fqe_init") == [1_000_000, 250_000, 250_000]
+        assert plan("awac") == [50_000, 250_000]
+        assert plan("off2on_long") == [1_000_000, 1_000_000]
+        assert plan("fqe_init", "--scale", "0.01") == [10_000, 2_500, 2_500]
+        assert plan("fqe_init", "--scale", "0.01", "--offline-steps", "80", "--online-steps", "30") == [80, 20, 30]
+        assert plan("sac", "--scale", "1e-9") == [1]
+
+    def test_options_reach_the_runs(self, data: str, tmp_path: Path) -> None:
+        more = ["--offline-batch-size", "3", "--cql-n-actions", "2"]
+        for name in ("off2on", "awac", "bcq_ft"):
+            before, job = jobs_of(data, tmp_path, name, *more)
+            for settings in (before.settings, job.settings):
+                assert settings["hyperparameters"]["offline_batch_size"] == 3
+                assert settings["hyperparameters"].get("cql_n_actions") == (2 if name == "off2on" else None)
+        assert job.settings["eval_freq"] == 10
+        assert job.settings["eval_episodes"] == 2
+
+    def test_online_learners_are_shared_by_datasets(self, data: str, tmp_path: Path) -> None:
+        (job,) = jobs_of(data, tmp_path, "sac")
+        assert job.folder == tmp_path / "Pendulum-v1" / "sac" / "seed_0"
+        assert data not in json.dumps(job.settings)
+
+    @pytest.mark.parametrize(
+        ("sources", "name"),
+        [
+            (("mujoco/hopper/medium-v0",), "mujoco-hopper-medium-v0"),
+            (("a/b-v0", "a/c-v0"), "a-b-v0+a-c-v0"),
+        ],
+    )
+    def test_names_of_folders(self, sources: tuple[str, ...], name: str) -> None:
+        assert Task(sources, None).dataset_name == name
+
+    def test_name_of_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "some data.npz").touch()
+        assert Task((str(tmp_path / "some data.npz"),), None).dataset_name == "some-data"
+
+
+def write_run(folder: Path, seed: int, returns: Any, start: int = 100, log: str = "") -> Run:
+    """Logs as a run leaves them, evaluated every 10 steps; ``returns`` has a row for each evaluation."""
+    folder.mkdir(parents=True)
+    returns = np.asarray(returns, dtype=float)
+    steps = 10 * np.arange(len(returns))
+    settings = {"seed": seed, "online_steps": int(steps[-1])}
+    (folder / "run.json").write_text(json.dumps({"settings": settings, "finished": True, "num_timesteps_at_start": start}))
+    np.savez(folder / "evaluations.npz", timesteps=start + steps, results=returns)
+    (folder / "progress.csv").write_text(log)
+    return Run(folder)
+
+
+class TestAnalyses:
+    def test_returns(self, tmp_path: Path) -> None:
+        means = np.array([5.0, -2.0, 3.0, -9.0, 4.0, 6.0, 8.0, 1.0, 2.0, 7.0, 9.0])
+        run = write_run(tmp_path / "run", 0, np.stack([means - 1, means + 1], axis=1))
+        steps, values = analyses.learning_curve(run)[""]
+        assert steps.tolist() == list(range(0, 110, 10))
+        np.testing.assert_allclose(values, means)
+        assert run.offline == 5
+        assert run.dip == -2  # of the evaluations at 0, 10 and 20
+        assert run.final == 6  # of the last three
+
+    def test_short_run(self, tmp_path: Path) -> None:
+        """The evaluation before the first step is none of the final ones."""
+        assert write_run(tmp_path / "run", 0, [[4.0], [2.0]]).final == 2
+
+    def test_what_was_logged_last(self, tmp_path: Path) -> None:
+        log = "time/total_timesteps,replay/offline_fraction,auroc/ensemble,auroc/member_0,auroc/member_1\n"
+        log += "105,,,,\n113,0.5,,,\n118,0.4,0.9,0.7,0.8\n125,,,,\n130,0.1,0.6,0.3,0.4\n"
+        run = write_run(tmp_path / "run", 0, np.zeros((4, 1)), log=log)
+        steps, values = analyses.offline_share(run)[""]
+        assert steps.tolist() == [20, 30]
+        np.testing.assert_allclose(values, [40, 10])
+        curves = analyses.action_auroc(run)
+        np.testing.assert_allclose(curves[""][1], [90, 60])
+        np.testing.assert_allclose(curves["its members alone"][1], [75, 35])
+        with pytest.raises(ValueError, match=r"progress.csv has no `no/such_key`: make the run anew, in another `--out`"):
+            run.logged("no/such_key")
+
+    def test_interquartile_mean(self) -> None:
+        values = np.array([3.0, 100.0, 1.0, 4.0, -50.0, 2.0, 6.0, 5.0])
+        iqm, low, high = analyses.iqm_with_interval([values])
+        assert iqm == np.mean(np.sort(values)[2:6])
+        assert low < iqm < high
+        # All runs together, not the mean of the datasets' own
+        iqm, *_ = analyses.iqm_with_interval([values[:3], values[3:]])
+        assert iqm == np.mean(np.sort(values)[2:6])
+
+    def test_interval(self) -> None:
+        """Against all 4^4 samples, which are equally likely."""
+        values = np.array([0.0, 1.0, 4.0, 9.0])
+        means = [np.mean(np.sort(sample)[1:3]) for sample in itertools.product(values, repeat=4)]
+        _, low, high = analyses.iqm_with_interval([values])
+        assert low == pytest.approx(np.quantile(means, 0.025), abs=0.3)
+        assert high == pytest.approx(np.quantile(means, 0.975), abs=0.3)
+
+    def test_interval_is_stratified(self) -> None:
+        """Datasets that differ do not make an interval wide if their runs agree."""
+        assert analyses.iqm_with_interval([np.zeros(4), np.full(4, 10.0)]) == (5, 5, 5)
+        assert analyses.iqm_with_interval([np.array([3.0])])[0] == 3
+        assert np.isnan(analyses.iqm_with_interval([np.array([3.0])])[1:]).all()
+
+    def test_summary(self, tmp_path: Path) -> None:
+        def two(dataset: str, *finals: float) -> list[Run]:
+            return [write_run(tmp_path / dataset / str(seed), seed, [[0.0], [x]]) for seed, x in enumerate(finals)]
+
+        by_dataset = {"first": {"A": two("first", 1, 3)}, "second": {"A": two("second", 10, 30)}}
+        infos = {"first": TaskInfo(5.0, 0.0, 10.0), "second": TaskInfo(7.0, 0.0, 100.0)}
+        table = analyses.summary(by_dataset, infos)
+        assert table["dataset"].tolist() == ["first", "second", "first + second"]
+        assert table["final"].tolist() == ["2.0 [1.0, 3.0]", "20.0 [10.0, 30.0]", "11.0 [5.5, 16.5]"]
+        assert table["final, normalized"].tolist() == ["20.0 [10.0, 30.0]"] * 2 + ["20.0 [10.0, 30.0]"]
+        assert table["offline"].tolist() == ["0.0 [0.0, 0.0]"] * 3
+        assert table["behaviour"].tolist() == ["5.0", "7.0", "6.0"]
+        assert table["runs"].tolist() == ["2", "2", "4"]
+        unknown = analyses.summary({"first": by_dataset["first"]}, {"first": TaskInfo(5.0, None, None)})
+        assert "final, normalized" not in unknown
+        assert analyses.markdown_table(unknown).splitlines()[2].startswith("| first | A | 2 | 5.0 |")
+
+    def test_plots(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A line and a shade for each curve at the interquartile means, a panel for each dataset."""
+        drawn: list[Any] = []
+        monkeypatch.setattr(analyses.MatplotlibFigure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+        by_dataset = {
+            dataset: {
+                system: [write_run(tmp_path / dataset / system / str(seed), seed, [[0.0], [seed + 1.0]]) for seed in range(3)]
+                for system in ("A", "B")
+            }
+            for dataset in ("first", "second")
+        }
+        results = analyses.tidy_results(by_dataset, analyses.learning_curve)
+        analyses.plot_curves(results, "return", tmp_path / "x.png")
+        assert [axes.get_title() for axes in drawn[0].axes] == ["first", "second"]
+        for axes in drawn[0].axes:
+            assert [line.get_label() for line in axes.lines] == ["A", "B"]
+            for line in axes.lines:
+                np.testing.assert_allclose(line.get_xydata(), [[0, 0], [10, 2]])
+            assert len(axes.collections) == 2
+            assert axes.get_ylabel() == "return"
+        table = pd.DataFrame(
+            {"dataset": "first", "system": "A", "curve": ["x", "x", "y"], "seed": 0, "value": [0.0, 1.0, 2.0]}
+        )
+        analyses.plot_histograms(table, "nats", tmp_path / "x.png")
+        (axes,) = drawn[1].axes
+        assert axes.get_legend_handles_labels()[1] == ["x", "y"]
+
+    def test_vae_tells_what_is_unlike_the_data(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Log-densities of a Gaussian that it has learned, and low ones far off."""
+        rng = np.random.default_rng(0)
+        th.manual_seed(0)
+        vae = analyses.fit_vae(rng.normal(size=(2000, 2)).astype(np.float32), 300, rng)
+        x = th.tensor([[0.0, 0.0], [1.0, -1.0], [6.0, 6.0]])
+        density = -0.5 * (x**2).sum(dim=1).numpy() - np.log(2 * np.pi)
+        estimate = vae.log_likelihood(x[:, :0], x).numpy()
+        np.testing.assert_allclose(estimate[:2], density[:2], atol=0.7)
+        assert estimate[2] < -10
+
+    def test_pairs(self, data: str) -> None:
+        dataset = load_dataset(data)
+        pairs = analyses.state_action_pairs(dataset)
+        np.testing.assert_allclose(pairs[:, :3], dataset.observations)
+        np.testing.assert_allclose(pairs[:, 3:], dataset.actions / 2, atol=1e-6)  # Pendulum's actions are in [-2, 2]
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize(
+        ("more", "match"),
+        [
+            (["--seeds", "0"], r"`--seeds` must be at least 1, got 0"),
+            (["--offline-steps", "0"], r"`--offline-steps` must be at least 1, got 0"),
+            (["--scale", "0"], r"`--scale` must be above 0, got 0.0"),
+            (["--ensemble-size", "1"], r"`--ensemble-size 1` is too small: 'Off2On, N=2' needs 2 agents"),
+        ],
+    )
+    def test_arguments(self, data: str, tmp_path: Path, more: list[str], match: str) -> None:
+        with pytest.raises(SystemExit, match=match):
+            reproduce("fig4d", data, tmp_path / "out", *more)
+        assert not (tmp_path / "out").exists()
+
+    def test_unknown_figure(self, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            reproduce("fig99", data, tmp_path)
+        assert "invalid choice: 'fig99'" in capsys.readouterr().err
+
+    def test_other_settings(self, data: str, pretrained: Path) -> None:
+        with pytest.raises(SystemExit, match=r"cql_seed_0 was made with gradient_steps=4, not 5: choose another `--out`, or"):
+            reproduce("fig4c", data, pretrained, "--offline-steps", "5")
+
+    def test_images_have_no_fig1a(self) -> None:
+        with pytest.raises(ValueError, match=r"fig1a needs vectors as observations, but arrays has Box.*: choose another"):
+            analyses.state_action_pairs(make_dataset(1, 5, env=TinyEnv(IMAGE_SPACE)))
+
+    def test_unknown_environment(self) -> None:
+        task = Task(("nothing",), None)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(systems, "load_once", lambda sources: make_dataset(1, 5, env=gym.make("Pendulum-v1")))
+            with pytest.raises(ValueError, match=r"arrays does not name its environment: pass `--env`"):
+                _ = task.env_name
+
+    def test_missing_packages(self, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "sb3_contrib", None)
+        with pytest.raises(SystemExit, match=r"TQC is part of sb3-contrib, which is not installed: pip install"):
+            reproduce("today", data, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setitem(sys.modules, "sb3_off2on.reproduce.command", None)
+        with pytest.raises(SystemExit, match=r"is not installed: pip install \"sb3_off2on\[reproduce\]\""):
+            reproduce("fig4c", data, tmp_path / "out")

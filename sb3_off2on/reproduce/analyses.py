@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import torch as th
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MatplotlibFigure
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from sb3_off2on.datasets import OfflineDataset, load_dataset, normalized_score
 from sb3_off2on.vae import ConditionalVAE
@@ -268,7 +268,7 @@ def summary(runs: Runs, infos: Mapping[str, TaskInfo]) -> pd.DataFrame:
                 "behaviour": f"{np.mean([infos[dataset].behaviour for dataset in known]):,.1f}",
                 **{quantity: _with_interval(cell(quantity)) for quantity in ("offline", "dip", "final")},
             }
-            scores = [infos[dataset][1:] for dataset in known]
+            scores: list[tuple[Any, Any]] = [infos[dataset][1:] for dataset in known]
             if all(None not in score for score in scores):
                 normalized = [normalized_score(x, *score) for x, score in zip(cell("final"), scores, strict=True)]
                 row["final, normalized"] = _with_interval(normalized)
@@ -317,7 +317,7 @@ def plot_histograms(results: pd.DataFrame, xlabel: str, path: Path) -> None:
 
     def draw(axes: Any, table: pd.DataFrame) -> None:
         # Log-likelihoods of what is far off have a long tail, which would leave one bar for the rest
-        bins = np.linspace(*np.quantile(table["value"], [0.01, 1.0]), 51)
+        bins = np.linspace(table["value"].quantile(0.01), table["value"].max(), 51)
         for curve, rows in table.groupby("curve", sort=False):
             axes.hist(rows["value"].clip(lower=bins[0]), bins, density=True, alpha=0.5, label=curve)
         axes.set_xlabel(xlabel)

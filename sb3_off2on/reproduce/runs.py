@@ -19,7 +19,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -145,7 +145,7 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     :return: nothing to remember
     """
     settings, env = job.settings, job.task.make_env()
-    model: OfflineToOnline
+    model: Any
     if settings["pretraining"] == "fqe":
         assert job.after is not None
         model = Off2OnSAC.load(job.after / "model", env=env, device="auto", dataset=job.task.dataset)
@@ -153,7 +153,7 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         learn = model.fit_fqe
     else:
         algorithm = {"awac": AWAC, "bcq": BCQ}.get(settings["pretraining"], Off2OnSAC)
-        model = algorithm(  # type: ignore[operator]
+        model = algorithm(
             policy_name(env.observation_space),
             env,
             dataset=job.task.dataset,
@@ -284,7 +284,8 @@ def _run_in_processes(
     n_processes: int,
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running: dict[Any, tuple[Job, Any, Any, TaskID]] = {}
     while waiting or running:
         unfinished = {job.folder for job in [*waiting, *(job for job, *_ in running.values())]}
         for job in [job for job in waiting if job.after not in unfinished]:

@@ -216,7 +216,8 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
 
     data = {"dataset": list(task.sources), "fingerprint": task.dataset.fingerprint}
     folder = args.out / f"{task.env_name}-{task.dataset_name}"
-    before, ensemble_size = None, system.ensemble_size or args.ensemble_size
+    before: Job | None = None
+    ensemble_size = system.ensemble_size or args.ensemble_size
     if ensemble_size > args.ensemble_size:
         raise ValueError(f"`--ensemble-size {args.ensemble_size}` is too small: {system.label!r} needs {ensemble_size} agents")
     if system.pretraining is not None:
@@ -230,14 +231,14 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
                 assert before is not None
                 own.update(gradient_steps=max(n_updates // CQL_PER_FQE, 1), hyperparameters={}, after=before.settings)
             pretrained_folder = folder / "pretrained" / f"{family}_seed_{seed}"
-            before = Job(pretrained_folder, own, own["gradient_steps"], task, before and before.folder)
+            before = Job(pretrained_folder, own, own["gradient_steps"], task, before.folder if before else None)
             yield before
-        settings["pretrained"] = before and before.settings
+        settings["pretrained"] = before.settings if before else None
     kwargs = adapted(hyperparameters(system.config), args, ensemble_size)
     del kwargs["offline_gradient_steps"]
     kwargs.update(system.changes, buffer_size=online_steps)
     settings.update(data, algorithm=system.algorithm, hyperparameters=kwargs, vae_steps=max(round(VAE_STEPS * args.scale), 1))
-    yield Job(folder / name / f"seed_{seed}", settings, online_steps, task, before and before.folder)
+    yield Job(folder / name / f"seed_{seed}", settings, online_steps, task, before.folder if before else None)
 
 
 def adapted(kwargs: dict[str, Any], args: argparse.Namespace, ensemble_size: int) -> dict[str, Any]:

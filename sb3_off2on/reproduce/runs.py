@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -226,9 +228,17 @@ def fine_tune(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     return {"num_timesteps_at_start": start}
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _work(job: Job, done: Any) -> None:
-    """In a process of its own, which ends with the one that started it: Ctrl-C is for that one."""
+    """In a process of its own, which ends with the one that started it, however that ends. Ctrl-C is for that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_job(job, partial(setattr, done, "value"))
     except Exception:
@@ -297,7 +307,6 @@ def _run_in_processes(
                 end(job, error)
                 continue
             done = context.Value("q", 0)
-            # A daemon: it ends with this process, and so does everything at Ctrl-C
             process = context.Process(target=_work, args=(job, done), daemon=True)
             process.start()
             running[process.sentinel] = job, process, done, progress.add_task(job.name, total=job.n_steps)

@@ -304,7 +304,7 @@ class AWAC(OfflineToOnline):
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.actor.optimizer, self.critic.optimizer]
 
-    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, float]:
+    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, th.Tensor]:
         # Offline, the members are independent agents. Online they are one: a policy that matches their moments, judged by the
         # mean over the members (Eq. 5 of Lee et al. 2021)
         ensemble_size = self.policy.ensemble_size
@@ -361,12 +361,12 @@ class AWAC(OfflineToOnline):
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
         return {
-            "critic_loss": critic_loss.item() / (ensemble_size * self.critic.n_critics),
-            "actor_loss": actor_loss.item() / ensemble_size,
-            "q_data": q_values.mean().item(),
-            "advantage": advantages.mean().item(),
-            "max_weight": weights.max(dim=1).values.mean().item(),
-            "std": distribution.stddev.mean().item(),
+            "critic_loss": critic_loss.detach() / (ensemble_size * self.critic.n_critics),
+            "actor_loss": actor_loss.detach() / ensemble_size,
+            "q_data": q_values.mean().detach(),
+            "advantage": advantages.mean().detach(),
+            "max_weight": weights.max(dim=1).values.mean().detach(),
+            "std": distribution.stddev.mean().detach(),
         }
 
     def learn(

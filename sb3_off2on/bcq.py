@@ -19,6 +19,7 @@ from sb3_off2on.policies import (
     EnsembleCnnPolicy,
     EnsembleCQLPolicy,
     EnsembleCritic,
+    EnsembleModule,
     EnsembleMultiInputPolicy,
     member_features,
     stack_modules,
@@ -59,8 +60,11 @@ class EnsembleNetwork(BaseModel):
     ) -> None:
         super().__init__(observation_space, action_space, normalize_images=normalize_images)
         self.ensemble_size = len(features_extractors)
-        self.features_dim = features_extractors[0].features_dim
-        self.features_extractor = stack_modules(features_extractors)  # type: ignore[assignment]
+        first: Any = features_extractors[0]
+        # Those of a saved ensemble come stacked already
+        is_stacked = isinstance(first, EnsembleModule)
+        self.features_dim = first.template.features_dim if is_stacked else first.features_dim
+        self.features_extractor = first if is_stacked else stack_modules(features_extractors)  # type: ignore[assignment]
 
     def extract_member_features(self, obs: PyTorchObs, per_member: bool) -> th.Tensor:
         """
@@ -76,6 +80,10 @@ class EnsembleNetwork(BaseModel):
         :return: views on its parameters and buffers
         """
         return {name.replace(".template.", "."): value[index] for name, value in self.state_dict().items()}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        return {**data, "features_extractors": [self.features_extractor] * self.ensemble_size}
 
 
 class EnsembleVAE(EnsembleNetwork):
@@ -94,12 +102,23 @@ class EnsembleVAE(EnsembleNetwork):
         super().__init__(**kwargs)
         action_dim = get_action_dim(self.action_space)
         members = [ConditionalVAE(self.features_dim, action_dim, **vae_kwargs) for _ in range(self.ensemble_size)]
+        self.vae_kwargs = vae_kwargs
         self.latent_clip = latent_clip
         self.model = members[0]
         for name in ("encoder", "decoder"):
             setattr(self.model, name, stack_modules([getattr(member, name) for member in members]))
         fixed_latents = th.randn(self.ensemble_size, n_fixed_latents, self.model.latent_dim)
         self.register_buffer("fixed_latents", fixed_latents.clamp(-latent_clip, latent_clip))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        n_fixed_latents = self.fixed_latents.shape[1]
+        return {
+            **data,
+            "vae_kwargs": self.vae_kwargs,
+            "latent_clip": self.latent_clip,
+            "n_fixed_latents": n_fixed_latents,
+        }
 
     def member_state(self, index: int) -> dict[str, th.Tensor]:
         # How many latents are fixed depends on the ensemble, not on the member
@@ -167,8 +186,14 @@ class EnsemblePerturbation(EnsembleNetwork):
             nn.Sequential(*create_mlp(input_dim, action_dim, net_arch, activation_fn, squash_output=True))
             for _ in range(self.ensemble_size)
         ]
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
         self.phi = phi
         self.perturbation = stack_modules(members)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        return {**data, "net_arch": self.net_arch, "activation_fn": self.activation_fn, "phi": self.phi}
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, per_member: bool) -> th.Tensor:
         """
@@ -268,6 +293,11 @@ class BCQPolicy(EnsembleCQLPolicy):
         }
         n_fixed_latents = math.ceil(self.n_candidates / self.ensemble_size)
         return EnsembleVAE(vae_kwargs, self.latent_clip, n_fixed_latents, **self._network_kwargs()).to(self.device)
+
+    def reset_optimizers(self) -> None:
+        super().reset_optimizers()
+        (group,) = self.vae.optimizer.param_groups
+        self.vae.optimizer = self.optimizer_class(group["params"], lr=group["lr"], **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -470,7 +500,7 @@ class BCQ(OfflineToOnline):
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.vae.optimizer, self.actor.optimizer, self.critic.optimizer]
 
-    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, float]:
+    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, th.Tensor]:
         # The members are independent agents in both phases, but online they learn from the same minibatches
         ensemble_size = self.policy.ensemble_size
         n_batches = ensemble_size if per_member else 1
@@ -527,10 +557,10 @@ class BCQ(OfflineToOnline):
         polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)
 
         return {
-            "vae_loss": vae_loss.item() / ensemble_size,
-            "critic_loss": critic_loss.item() / (ensemble_size * self.critic.n_critics),
-            "actor_loss": actor_loss.item() / ensemble_size,
-            "q_data": current_q_values.mean().item(),
+            "vae_loss": vae_loss.detach() / ensemble_size,
+            "critic_loss": critic_loss.detach() / (ensemble_size * self.critic.n_critics),
+            "actor_loss": actor_loss.detach() / ensemble_size,
+            "q_data": current_q_values.mean().detach(),
         }
 
     def learn(

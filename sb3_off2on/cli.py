@@ -37,6 +37,7 @@ examples:
   sb3-off2on datasets
   sb3-off2on train --algo off2on_sac --env HalfCheetah-v5 --dataset mujoco/halfcheetah/medium-v0
   sb3-off2on enjoy --algo off2on_sac --env HalfCheetah-v5 -f logs/
+  sb3-off2on reproduce fig4c --dataset mujoco/halfcheetah/medium-v0 --scale 0.1
 
 `sb3-off2on COMMAND --help` shows the options of a command; those of train, enjoy, record-video, plot and push-to-hub are
 RL Zoo's.
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.run is not run_zoo_script:
+    if rest and args.run not in (run_zoo_script, run_reproduce):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
@@ -77,6 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_zoo_scripts(commands, ZOO_SCRIPTS)
     plot = commands.add_parser("plot", help="plot training curves and evaluations")
     add_zoo_scripts(plot.add_subparsers(title="kinds", metavar="KIND", required=True), ZOO_PLOTS)
+
+    reproduce = commands.add_parser("reproduce", help="make the paper's comparisons on any task", add_help=False)
+    reproduce.set_defaults(run=run_reproduce, prog=reproduce.prog)
 
     datasets = commands.add_parser("datasets", help="list the local Minari datasets, show one, or make one")
     datasets.set_defaults(run=list_datasets, prog=datasets.prog)
@@ -120,6 +124,19 @@ def run_zoo_script(args: argparse.Namespace) -> None:
         runpy.run_module(args.module, run_name="__main__")
     else:
         script()
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    """
+    Make the runs of a figure, and its table, plot and report.
+
+    :param args: ``prog`` and ``rest``, its arguments
+    """
+    try:  # SciPy is an extra
+        command = import_module("sb3_off2on.reproduce.command")
+    except ModuleNotFoundError as error:
+        sys.exit(f'{args.prog}: error: {error.name} is not installed: pip install "sb3_off2on[reproduce]"')
+    command.main(args.rest, args.prog)
 
 
 def list_datasets(args: argparse.Namespace) -> None:

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -12,6 +13,7 @@ from stable_baselines3.sac.sac import SAC
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples, initial_priority, to_device
 from sb3_off2on.cql import calql_lower_bound, cql_gap, draw_softmax_actions, uniform_log_density
 from sb3_off2on.density_ratio import DensityRatio, density_ratio_loss, density_ratio_priority
+from sb3_off2on.fqe import fqe_errors, reset_critics
 from sb3_off2on.offline import OfflineToOnline, check_action_space, check_replay_arguments
 from sb3_off2on.policies import (
     EnsembleActor,
@@ -104,6 +106,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
     critic_target: EnsembleCritic  # type: ignore[assignment]
     replay_buffer: BalancedReplayBuffer
     _dataset_params: ClassVar[list[str]] = ["dataset", "mc_returns"]
+    # Since the critics are those of fitted Q evaluation
+    _n_fqe_updates: int = 0
 
     def __init__(
         self,
@@ -297,32 +301,15 @@ class Off2OnSAC(OfflineToOnline, SAC):
         super()._prepare_dataset()
         self._check_returns()  # once more, as the environment may be another one
 
-    def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
-        """
-        :param index: which member
-        :return: copies of the state dicts of ``actor``, ``critic`` and ``critic_target``, as SB3's networks load them
-        :raises ValueError: if there is no such member
-        """
-        return self.policy.get_member(index)
-
     def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
-        """
-        Make an agent that was trained elsewhere a member of the ensemble, see ``EnsembleCQLPolicy.set_member``. The model
-        counts as pretrained: its actions are played from the first step on.
-
-        :param index: which member
-        :param member: state dicts of ``actor``, ``critic`` and, optionally, ``critic_target``
-        :raises ValueError: if there is no such member, or the parameters do not fit
-        """
-        self.policy.set_member(index, member)
-        # Nothing that was gathered about the parameters before holds for the new ones
-        self.policy.reset_optimizers()
+        super().set_member(index, member)
         self.offline_log_ent_coef.data[index] = self._initial_log_ent_coef
-        self.pretrained, self._handed_over = True, False
+        self._n_fqe_updates = 0
 
     # ------------------------------------------------------------------ offline phase (Algorithm 1)
 
     def train_offline(self, gradient_steps: int, batch_size: int) -> None:
+        self._n_fqe_updates = 0
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         assert isinstance(self.target_entropy, float)
@@ -489,12 +476,91 @@ class Off2OnSAC(OfflineToOnline, SAC):
         surrogate = q_drawn - q_data
         return q_data, gap + surrogate - surrogate.detach()
 
+    # ------------------------------------------------------------------ FQE-init (section 3.3)
+
+    def fit_fqe(
+        self: SelfOff2OnSAC,
+        dataset: Any = None,
+        gradient_steps: int = 250_000,
+        batch_size: int = 256,
+        learning_rate: float = 3e-4,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1000,
+        progress_bar: bool = False,
+        tb_log_name: str | None = None,
+    ) -> SelfOff2OnSAC:
+        """
+        Replace the pretrained, pessimistic critics by those of fitted Q evaluation: new ones that learn the Q-function of each
+        member's actor, which stays as it is. It is the paper's ablation FQE-init (section C, from where the defaults are).
+
+        The updates count as those of the offline phase. Called again before anything else is trained, it goes on with the
+        critics that it has.
+
+        :param dataset: whatever ``load_dataset`` takes; not needed where the model has one already
+        :param gradient_steps: number of updates, on top of those done before
+        :param batch_size: rows per member and update
+        :param learning_rate: learning rate of the critics
+        :param callback: see ``learn_offline``
+        :param log_interval: see ``learn_offline``
+        :param progress_bar: see ``learn_offline``
+        :param tb_log_name: see ``learn_offline``
+        :return: the model, ready for ``learn()``
+        :raises ValueError: if nothing was pretrained, a number is out of its range, or there is no dataset that fits
+        """
+        if not self.pretrained or self._handed_over:
+            raise ValueError(
+                "`fit_fqe()` evaluates pretrained policies before they learn online: call it between `learn_offline()` (or "
+                "`set_member()`) and `learn()`"
+            )
+        for name, value in {"batch_size": batch_size, "learning_rate": learning_rate}.items():
+            if not value > 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}")
+        train = partial(self.train_fqe, batch_size=batch_size, learning_rate=learning_rate)
+        self._learn_offline(dataset, gradient_steps, callback, log_interval, progress_bar, tb_log_name, train)
+        return self
+
+    def train_fqe(self, gradient_steps: int, batch_size: int, learning_rate: float) -> None:
+        """
+        Updates of fitted Q evaluation, see ``fit_fqe``.
+
+        :param gradient_steps: number of updates
+        :param batch_size: rows per update and member
+        :param learning_rate: learning rate of the critics
+        """
+        if self._n_fqe_updates == 0:
+            reset_critics(self.policy)
+        # Switch to train mode (this affects batch norm / dropout), but for the policy that is evaluated
+        self.policy.set_training_mode(True)
+        self.actor.set_training_mode(False)
+        update_learning_rate(self.critic.optimizer, learning_rate)
+        for _ in range(gradient_steps):
+            # Each member learns from a minibatch of its own, as in train_offline()
+            n_rows = self.policy.ensemble_size * batch_size
+            replay_data = self.replay_buffer.sample_offline(n_rows, env=self._vec_normalize_env)
+            q_values, td_errors = fqe_errors(self.policy, replay_data, self.gamma)
+            # Sums over all networks keep them independent: no gradient of one depends on another
+            critic_loss = td_errors.pow(2).mean(dim=2).sum()
+            self.critic.optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic.optimizer.step()
+
+            self._n_fqe_updates += 1
+            self._n_offline_updates += 1
+            if self._n_fqe_updates % self.target_update_interval == 0:
+                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+            # Means over the members and their critics
+            means = {"fqe_loss": td_errors.detach().pow(2).mean(), "fqe_q_data": q_values.mean()}
+            for name, value in means.items():
+                self.logger.record_mean(f"offline/{name}", value)  # type: ignore[arg-type]
+
     # ------------------------------------------------------------------ hand-over
 
     def _hand_over(self) -> None:
         """Fresh optimizers, target critics equal to critics, entropy coefficient and priorities at their initial values."""
         if self.pretrained:
-            self._n_updates = 0
+            self._n_updates = self._n_fqe_updates = 0
             self.policy.reset_optimizers()
             self.critic_target.load_state_dict(self.critic.state_dict())
             if self.log_ent_coef is not None:

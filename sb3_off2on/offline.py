@@ -1,6 +1,8 @@
 """The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
@@ -70,13 +72,13 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------ what the algorithm brings
 
-    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, float]:
+    def _update(self, replay_data: BalancedReplayBufferSamples, per_member: bool) -> dict[str, th.Tensor]:
         """
         One step of all optimizers, for algorithms that do the same in both phases.
 
         :param replay_data: ``batch_size`` rows, or ``ensemble_size * batch_size`` rows if ``per_member``
         :param per_member: whether the members are independent agents, each with rows of its own (those of member 0 first)
-        :return: what to log, as means over members and critics
+        :return: what to log, as means over members and critics: tensors without dimensions, see ``TensorReader``
         """
         raise NotImplementedError()
 
@@ -103,7 +105,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
             n_rows = self.policy.ensemble_size * batch_size
             replay_data = self.replay_buffer.sample_offline(n_rows, env=self._vec_normalize_env)
             for name, value in self._update(replay_data, per_member=True).items():
-                self.logger.record_mean(f"offline/{name}", value)
+                self.logger.record_mean(f"offline/{name}", value)  # type: ignore[arg-type]
             self._n_offline_updates += 1
         self.logger.record("offline/learning_rate", learning_rate)
 
@@ -127,12 +129,37 @@ class OfflineToOnline(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             for name, value in self._update(replay_data, per_member=False).items():
-                self.logger.record_mean(f"train/{name}", value)
+                self.logger.record_mean(f"train/{name}", value)  # type: ignore[arg-type]
             if self.dataset is not None:
                 is_offline = th.as_tensor(replay_data.indices < self.replay_buffer.n_offline)
-                self.logger.record_mean("replay/offline_fraction", is_offline.double().mean().item())
+                self.logger.record_mean("replay/offline_fraction", is_offline.double().mean())  # type: ignore[arg-type]
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    # ------------------------------------------------------------------ the members
+
+    def get_member(self, index: int) -> dict[str, dict[str, th.Tensor]]:
+        """
+        :param index: which member
+        :return: copies of the state dicts of its networks (``actor``, ``critic``, ``critic_target`` and, with BCQ,
+            ``actor_target`` and ``vae``); those of ``Off2OnSAC`` are what SB3's networks load
+        :raises ValueError: if there is no such member
+        """
+        return self.policy.get_member(index)
+
+    def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
+        """
+        Make an agent that was trained elsewhere a member of the ensemble, see ``EnsembleCQLPolicy.set_member``. The model
+        counts as pretrained: its actions are played from the first step on.
+
+        :param index: which member
+        :param member: state dicts as ``get_member`` returns them; those of target networks can be missing
+        :raises ValueError: if there is no such member, or the parameters do not fit
+        """
+        self.policy.set_member(index, member)
+        # Nothing that was gathered about the parameters before holds for the new ones
+        self.policy.reset_optimizers()
+        self.pretrained, self._handed_over = True, False
 
     # ------------------------------------------------------------------ what the algorithms check alike
 
@@ -389,8 +416,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
         log_interval: int | None,
         progress_bar: bool,
         tb_log_name: str | None,
+        train: Callable[..., None] | None = None,
     ) -> bool:
-        """:return: whether no callback stopped the phase; parameters as ``learn_offline``"""
+        """
+        :param train: does the updates, by default those of ``train_offline``; the other parameters as ``learn_offline``
+        :return: whether no callback stopped the phase
+        """
         if gradient_steps < 1 or not float(gradient_steps).is_integer():
             raise ValueError(f"`gradient_steps` must be an integer of at least 1, got {gradient_steps}")
         if log_interval is not None and log_interval < 1:
@@ -398,6 +429,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if self.env is None:
             raise ValueError("The model has no environment, whose wrappers the data goes through: pass `env` to load()")
         gradient_steps = int(gradient_steps)
+        train = train or partial(self.train_offline, batch_size=self.offline_batch_size)
         if dataset is not None:
             self.set_dataset(dataset)
         self._prepare_dataset()
@@ -412,8 +444,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
             tb_log_name=tb_log_name,
             progress_bar=progress_bar,
         )
-        if not any(isinstance(output, TensorReader) for output in self.logger.output_formats):
-            self.logger.output_formats.insert(0, TensorReader())
         # What SB3's callbacks read in `locals`: no episode ends here
         dones: np.ndarray = np.zeros(self.n_envs, dtype=bool)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
@@ -424,7 +454,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
             self._current_progress_remaining = 1.0 - n_done / gradient_steps
             # SB3's callbacks take a call for `n_envs` time steps: progress bars count so, and so are frequencies given
             n_updates = min(self.n_envs, gradient_steps - n_done)
-            self.train_offline(gradient_steps=n_updates, batch_size=self.offline_batch_size)
+            train(gradient_steps=n_updates)
             n_done += n_updates
             self.num_timesteps += n_updates
             self.pretrained, self._handed_over = True, False
@@ -553,6 +583,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
             )
         finally:
             self._custom_logger = is_custom_logger
+        if not any(isinstance(output, TensorReader) for output in self.logger.output_formats):
+            self.logger.output_formats.insert(0, TensorReader())
         if reset_num_timesteps:
             self.num_timesteps = self._num_timesteps_at_start = self._n_offline_updates
             self._total_timesteps = total_timesteps = total_timesteps + self._n_offline_updates

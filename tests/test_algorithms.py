@@ -1,5 +1,6 @@
 """What every algorithm of the package keeps: both phases, saving and loading, seeds, callbacks, spaces, and clear errors."""
 
+import json
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -282,6 +283,24 @@ class TestSaving:
             model.predict(dataset.observations[:9], deterministic=True)[0],
         )
 
+    @pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy"])
+    def test_actor_alone(self, cls: Algorithm, policy: str, tmp_path: Path) -> None:
+        """SB3's way to deploy: ``model.actor.save()``."""
+        model = make(cls, "Pendulum-v1" if policy == "MlpPolicy" else TinyEnv(IMAGE_SPACE), policy, buffer_size=10)
+        networks = [model.actor, model.vae] if cls is BCQ else [model.actor]
+        for network in networks:
+            network.save(tmp_path / "network.pth")
+            loaded = type(network).load(tmp_path / "network.pth", device="cpu")
+            assert_same(parameters_of(loaded), parameters_of(network))
+            obs, _ = model.policy.obs_to_tensor(model.env.reset())
+            actions = th.ones(2, 1, 1, model.action_space.shape[0])
+            inputs = (obs,) if cls is not BCQ else (obs, 2 if network is model.vae else actions, False)
+            outputs = []
+            for same in (network, loaded):
+                set_random_seed(0)
+                outputs.append(same(*inputs).detach())
+            assert_same(*outputs)
+
     def test_wrong_arguments_of_load(self, cls: Algorithm, dataset: Any, tmp_path: Path) -> None:
         """They are checked as those of the constructor."""
         make(cls, dataset=dataset).save(tmp_path / "model.zip")
@@ -374,6 +393,18 @@ class TestCallbacks:
         undocumented = {name for name in own if f"`{name}`" not in page}
         assert not undocumented
 
+    def test_callbacks_log_numbers_in_both_phases(self, cls: Algorithm, dataset: Any, tmp_path: Path) -> None:
+        """Updates record tensors, and outputs write what stands behind them."""
+        model = make(cls, dataset=dataset)
+        model.set_logger(configure(str(tmp_path), ["json"]))
+        model.learn_offline(gradient_steps=2, callback=lambda *_: model.logger.dump(1) or True)
+        model.learn(8, callback=lambda *_: model.logger.dump(2) or True)
+        rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+        for key in ("offline/critic_loss", "train/critic_loss", "replay/offline_fraction"):
+            values = [row[key] for row in rows if key in row]
+            assert values
+            assert all(isinstance(value, float) for value in values)
+
     def test_name_of_the_run(self, cls: Algorithm, dataset: Any, tmp_path: Path) -> None:
         model = make(cls, dataset=dataset, tensorboard_log=str(tmp_path))
         model.learn_offline(gradient_steps=1).learn(4)
@@ -401,9 +432,22 @@ class TestPolicies:
         """With the arguments of the single agents but for their number."""
         single = make(cls, policy_kwargs={"ensemble_size": 1})
         ensemble = make(cls, policy_kwargs={"ensemble_size": 3})
-        member = single.policy.get_member(0)
-        ensemble.policy.set_member(2, member)
-        assert_same(ensemble.policy.get_member(2), member)
+        member = single.get_member(0)
+        ensemble.set_member(2, member)
+        assert_same(ensemble.get_member(2), member)
+
+    def test_set_member_starts_anew(self, cls: Algorithm, dataset: Any) -> None:
+        """What was gathered about the old parameters is gone, and the new ones are played."""
+        model = make(cls, dataset=dataset).learn_offline(gradient_steps=2)
+        optimizers = ["actor.optimizer", "critic.optimizer", *(["vae.optimizer"] if cls is BCQ else [])]
+        rates = {name: model.get_parameters()[name]["param_groups"] for name in optimizers}
+        model.set_member(0, model.get_member(1))
+        for name in optimizers:
+            assert not model.get_parameters()[name]["state"]
+            assert_same(model.get_parameters()[name]["param_groups"], rates[name])
+        new = make(cls)
+        new.set_member(0, model.get_member(0))
+        assert new.pretrained
 
     def test_hand_over_keeps_what_the_baselines_learned(self, cls: Algorithm, dataset: Any) -> None:
         """Only Off2OnSAC starts its online phase with fresh optimizers."""

@@ -414,6 +414,7 @@ class ResumableCheckpointCallback(BaseCallback):
         self.resume = resume
         self._due_since: int | None = None
         self._saved_at: tuple[int, int] | None = None
+        self._is_learning = False
         self._signal: int | None = None
         self._old_handlers: dict[int, Any] = {}
 
@@ -432,6 +433,7 @@ class ResumableCheckpointCallback(BaseCallback):
                     f"`folder={str(self.folder)!r}` holds checkpoints, the newest is {checkpoints[0].name}: go on from it "
                     "with `resume='auto'` or `load_checkpoint()`, or choose another folder for this new model"
                 )
+        self._is_learning = True
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 handler = signal.getsignal(signum)
@@ -441,6 +443,7 @@ class ResumableCheckpointCallback(BaseCallback):
 
     def on_call_end(self) -> None:
         """Called when ``learn()`` or ``learn_offline()`` is over, by an error too."""
+        self._is_learning = False
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
         self._old_handlers = {}
@@ -481,7 +484,9 @@ class ResumableCheckpointCallback(BaseCallback):
                 self._save()
 
     def _on_training_end(self) -> None:
-        self._save()
+        # RL Zoo calls this after an error as well, which may have come in the middle of an update
+        if self._is_learning:
+            self._save()
 
     def _save(self) -> None:
         counters = self.model.num_timesteps, self.model._n_updates

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -61,15 +60,28 @@ def make(cls: Any = Off2OnSAC, env: Any = None, policy: str = "MlpPolicy", **kwa
     return cls(policy, Timed() if env is None else env, **arguments(cls, **kwargs))
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test can cut the power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="module")
 def dataset() -> Any:
     return make_dataset(4, 20, env=Timed())
 
 
 def everything(model: Any) -> dict[str, Any]:
-    """What must be the same at the end: all tensors, the replay with its priorities, counters and random numbers."""
-    state = checkpoint.get_state(model, 0)
-    return {name: value for name, value in state.items() if name not in ("session", "arguments", "needed", "env_seed")}
+    """Copies of what must be the same at the end: all tensors, the replay with its priorities, counters, random numbers."""
+    return copied(checkpoint.get_state(model, 0))
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    tensors: dict[str, th.Tensor] = {}
+    arrays: dict[str, np.ndarray] = {}
+    other = ("session", "arguments", "needed", "env_seed", "ep_info_buffer")  # the last holds times of day
+    tree = encode({name: value for name, value in state.items() if name not in other}, "x", tensors, arrays)
+    return {"tree": tree, "tensors": tensors, "arrays": {name: array.copy() for name, array in arrays.items()}}
 
 
 def train(model: Any, dataset: Any, callback: Any = None) -> Any:
@@ -88,7 +100,8 @@ def disturb() -> None:
 
 
 def vec_normalize(n_envs: int = 1, cls: Any = DummyVecEnv) -> Callable[[], VecNormalize]:
-    return lambda: VecNormalize(cls([lambda: Monitor(Timed()) for _ in range(n_envs)]))
+    kwargs = {"start_method": "fork"} if cls is SubprocVecEnv else {}
+    return lambda: VecNormalize(cls([lambda: Monitor(Timed()) for _ in range(n_envs)], **kwargs))
 
 
 def dict_space() -> spaces.Dict:
@@ -195,7 +208,7 @@ class TestExactResume:
         state = read_checkpoint(models[0].save_checkpoint(tmp_path))
         np.testing.assert_array_equal(models[0]._last_obs, models[1]._last_obs)
         loaded = Off2OnSAC.load_checkpoint(tmp_path, Timed(), dataset, device="cpu")
-        assert_same(everything(loaded), {name: state[name] for name in everything(loaded)})
+        assert_same(everything(loaded), copied(state))
         loaded.learn(24)
         assert loaded.num_timesteps == 3 + 24
         assert loaded.replay_buffer.n_online == 24
@@ -282,9 +295,7 @@ class TestCallsAfterLoading:
         os.remove(tmp_path / "data.npz")
         with pytest.raises(ValueError, match=r"was trained with the dataset .*data.npz.*: pass `dataset=...`"):
             Off2OnSAC.load_checkpoint(tmp_path, Timed())
-        with pytest.raises(
-            ValueError, match=r"`dataset` is not the one this model was trained with|dataset's fingerprint differs"
-        ):
+        with pytest.raises(ValueError, match=r"the dataset's fingerprint differs"):
             Off2OnSAC.load_checkpoint(tmp_path, Timed(), make_dataset(4, 20, seed=1, env=Timed()))
 
 
@@ -427,7 +438,7 @@ class TestFullDisk:
         models = [make(), make()]
         for model in models:
             model.learn(EPISODE)
-        earlier = [model.save_checkpoint(tmp_path / name) for model, name in zip(models, "ab", strict=True)][0]
+        earlier, _ = [model.save_checkpoint(tmp_path / name) for model, name in zip(models, "ab", strict=True)]
         write, failures = checkpoint._HashedFile.write, []
         for fail_at in range(100):
             n_writes = 0
@@ -444,11 +455,9 @@ class TestFullDisk:
                 models[0].save_checkpoint(tmp_path / "a", keep=1)
                 break
             except OSError as error:
-                assert error.errno == errno.ENOSPC
                 failures.append(str(error))
-                assert list((tmp_path / "a").iterdir()) == [earlier]
-                read_checkpoint(earlier)
-        monkeypatch.undo()
+            assert list((tmp_path / "a").iterdir()) == [earlier]
+            read_checkpoint(earlier)
         assert len(failures) > 10
         for name in ("state.json", "tensors.safetensors", "replay.rows.rewards.npy", "manifest.json"):
             assert any(f"No space left on device: no checkpoint was written: '{tmp_path}" in f and name in f for f in failures)
@@ -534,9 +543,7 @@ class TestSafeLoading:
         text["arguments"]["policy_kwargs"]["activation_fn"] = value
         (path / "state.json").write_text(json.dumps(text))
         sealed(path)
-        with pytest.raises(
-            ValueError, match=r"state.json cannot be read: The class '.*' is not one that a checkpoint may name"
-        ):
+        with pytest.raises(ValueError, match=r"state.json cannot be read: The class '.*' is not one that"):
             Off2OnSAC.load_checkpoint(tmp_path, Timed())
 
     def test_nothing_is_imported(self, tmp_path: Path) -> None:
@@ -607,9 +614,7 @@ class TestArguments:
 
     def test_missing_ones_are_named(self, tmp_path: Path) -> None:
         make(learning_rate=lambda progress: 1e-3 * progress, qf_learning_rate=OwnSchedule()).save_checkpoint(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"does not hold .*lambda.*load_checkpoint\(folder, env, learning_rate=\.\.\., qf_l"
-        ):
+        with pytest.raises(ValueError, match=r"does not hold .*lambda.*folder, env, learning_rate=\.\.\., qf_learning"):
             Off2OnSAC.load_checkpoint(tmp_path, Timed())
         loaded = Off2OnSAC.load_checkpoint(tmp_path, Timed(), learning_rate=0.5, qf_learning_rate=OwnSchedule())
         assert loaded.lr_schedule(1) == 0.5
@@ -624,9 +629,7 @@ class TestArguments:
     def test_changed_on_purpose(self, tmp_path: Path) -> None:
         small_checkpoint(tmp_path)
         assert Off2OnSAC.load_checkpoint(tmp_path, Timed(), gamma=0.5).gamma == 0.5
-        with pytest.raises(
-            ValueError, match=r"Rows of \(30, 1, 3\)|Rows of \(5, 1, 3\) float32 do not fit a buffer of \(4, 1, 3\)"
-        ):
+        with pytest.raises(ValueError, match=r"Rows of \(5, 1, 3\) float32 do not fit a buffer of \(4, 1, 3\)"):
             Off2OnSAC.load_checkpoint(tmp_path, Timed(), buffer_size=4)
 
     @pytest.mark.parametrize(
@@ -648,9 +651,7 @@ class TestArguments:
         small_checkpoint(tmp_path)
         model = make(**{**other, **({"dataset": dataset} if "dataset" in other else {})})
         before = everything(model)
-        with pytest.raises(
-            ValueError, match=rf"000001_5_steps: The checkpoint is of another model: {message}.*Make this model"
-        ):
+        with pytest.raises(ValueError, match=rf"000001_5_steps: The checkpoint is of another model: {message}.*Make"):
             model.learn(EPISODE, callback=ResumableCheckpointCallback(tmp_path, 5, resume="auto"))
         assert_same(everything(model), before)
 
@@ -704,9 +705,7 @@ class TestCallback:
     def test_folder_of_another_run(self, tmp_path: Path) -> None:
         """A new model would mix its checkpoints with those of the run before."""
         small_checkpoint(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"holds checkpoints, the newest is 000001_5_steps: go on from it with `resume='auto'`"
-        ):
+        with pytest.raises(ValueError, match=r"holds checkpoints, the newest is 000001_5_steps: go on from it with"):
             make().learn(5, callback=ResumableCheckpointCallback(tmp_path, 5))
         Off2OnSAC.load_checkpoint(tmp_path, Timed()).learn(10, callback=ResumableCheckpointCallback(tmp_path, 5))
 
@@ -813,13 +812,7 @@ class TestSignals:
 def run_in_process(folder: Path, connection: Any) -> None:
     """The script that is killed: writes are slow, so that many kills hit one."""
     th.set_num_threads(1)
-    fsync = os.fsync
-
-    def slow_fsync(descriptor: int) -> None:
-        time.sleep(0.002)
-        fsync(descriptor)
-
-    checkpoint.os.fsync = slow_fsync  # type: ignore[attr-defined]
+    os.fsync = lambda descriptor: time.sleep(0.002)  # type: ignore[assignment]
     dataset = make_dataset(4, 20, env=Timed())
     connection.send("ready")
     model = train(make(), dataset, ResumableCheckpointCallback(folder / "run", 4, resume="auto"))
@@ -831,8 +824,7 @@ def run_in_process(folder: Path, connection: Any) -> None:
 
 def test_killed_at_20_moments(tmp_path: Path) -> None:
     """Ten at random, ten while a checkpoint is written: the end is that of the run without kills, to the last bit."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint"])
+    context = multiprocessing.get_context("fork")  # others would import PyTorch 22 times
 
     def start(folder: Path) -> Any:
         ours, theirs = context.Pipe()

@@ -424,6 +424,7 @@ class ResumableCheckpointCallback(BaseCallback):
 
         :param model: which is about to learn
         """
+        os.makedirs(self.folder, exist_ok=True)  # now rather than after hours
         if model.num_timesteps == 0:
             if self.resume == "auto":
                 if model.resume(self.folder) and self.verbose >= 1:

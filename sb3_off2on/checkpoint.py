@@ -48,7 +48,6 @@ _OBJECTS = {
 _COUNTERS = (
     "num_timesteps",
     "_total_timesteps",
-    "_num_timesteps_at_start",
     "_current_progress_remaining",
     "_episode_num",
     "_n_updates",

@@ -760,6 +760,9 @@ class OfflineToOnline(OffPolicyAlgorithm):
         is_custom_logger = self._custom_logger
         if not is_custom_logger:
             self._setup_logger(reset_num_timesteps, tb_log_name)
+        is_reset = reset_num_timesteps or self._last_obs is None
+        if is_reset and self._env_seed is not None and self.env is not None:
+            self.env.seed(self._env_seed)  # once more, as a model that was loaded has been reset before
         try:
             self._custom_logger = True
             total_timesteps, callback = super()._setup_learn(

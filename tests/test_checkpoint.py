@@ -181,6 +181,16 @@ class TestExactResume:
                 warnings.filterwarnings("ignore", "Nothing to do in `learn")
                 assert_same(everything(run("auto", str(number))), expected, path.name)
 
+    def test_before_the_first_step(self, tmp_path: Path, dataset: Any) -> None:
+        """The first reset is yet to come, in the run that goes on and in the one that is resumed."""
+        for name, kwargs in {"seed": {}, "no seed": {"seed": None}}.items():
+            model = make(**kwargs)
+            model.save_checkpoint(tmp_path / name)
+            expected = everything(model.learn(20))
+            disturb()
+            loaded = Off2OnSAC.load_checkpoint(tmp_path / name, Timed(), device="cpu")
+            assert_same(everything(loaded.learn(20)), expected)
+
     def test_checkpoints_change_nothing_offline(self, tmp_path: Path, dataset: Any) -> None:
         """And online only the seed of the episode after each: in the first rollout there is none."""
         models = [make().learn_offline(dataset, 5), make()]

@@ -15,6 +15,8 @@ from sb3_off2on.datasets import OfflineDataset, map_arrays
 SCHEMES = ("balanced", "uniform", "online", "offline", "symmetric")
 # Rows that are copied to `buffer_device` together: images must not be gathered all at once
 UPLOAD_ROWS = 4096
+# SB3's arrays of the online part, shape (buffer_size, n_envs, ...) each
+ONLINE_ROWS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
 def initial_priority(n_offline: int, n_online: int, fraction: float) -> float:
@@ -529,6 +531,45 @@ class BalancedReplayBuffer(ReplayBuffer):
         leaves = self._priority_tree().leaves
         # Not `leaves @ leaves`: the threads of NumPy's linear algebra would spin on for a while, at others' cost
         return float(leaves.sum()) ** 2 / max(float((leaves**2).sum()), np.finfo(np.float64).tiny)
+
+    def get_state(self) -> dict[str, Any]:
+        """:return: what a checkpoint holds: the online rows, and the priorities of all rows; views, not copies"""
+        n_rows = self.size()
+        priorities = None if self._tree is None else _on_host(self._tree.leaves)[: self.n_offline + self.n_online]
+        return {
+            "rows": {name: map_arrays(lambda array: array[:n_rows], getattr(self, name)) for name in ONLINE_ROWS},
+            "pos": self.pos,
+            "full": self.full,
+            "priorities": priorities,
+            "default_priority": float(self._default_priority),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        Go on where another buffer with the same arguments and dataset was.
+
+        :param state: its ``get_state()``
+        :raises ValueError: if it does not fit; nothing changes then
+        """
+
+        def check(own: np.ndarray, rows: np.ndarray) -> None:
+            is_full = state["full"] and len(rows) != len(own)
+            if own.shape[1:] != rows.shape[1:] or own.dtype != rows.dtype or len(rows) > len(own) or is_full:
+                raise ValueError(f"Rows of {rows.shape} {rows.dtype} do not fit a buffer of {own.shape} {own.dtype}")
+
+        def put(own: np.ndarray, rows: np.ndarray) -> None:
+            own[: len(rows)] = rows
+
+        for apply in (check, put):
+            for name in ONLINE_ROWS:
+                map_arrays(apply, getattr(self, name), state["rows"][name])
+        self.pos, self.full = state["pos"], state["full"]
+        self._default_priority = state["default_priority"]
+        # Upper levels are sums of lower ones, however these came about: the tree is the same to the last bit
+        if self._tree is not None:
+            self._tree = self._new_tree(len(self._tree))
+            self._tree.fill(0, len(state["priorities"]), self._on_buffer_device(state["priorities"]))
+        self._device_rows = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A dataset can be huge and has its own home: only ``dataset_info`` remembers it. No tensors either, so that the file

@@ -1,5 +1,8 @@
 """What SB3's callbacks do not measure or guard when offline training goes over into online training."""
 
+import os
+import signal
+import threading
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -14,6 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
+from sb3_off2on.checkpoint import find_checkpoints
 from sb3_off2on.datasets import normalized_score
 from sb3_off2on.offline import OfflineToOnline
 from sb3_off2on.policies import EnsembleCritic
@@ -370,3 +374,126 @@ class CollapseGuardCallback(BaseCallback):
             schedule = getattr(self.model, name, None)
             if schedule is not None:
                 setattr(self.model, name, FloatSchedule(ScaledSchedule(schedule, self.learning_rate_factor)))
+
+
+class ResumableCheckpointCallback(BaseCallback):
+    """
+    Write checkpoints from which training goes on as if it had never stopped, see ``OfflineToOnline.save_checkpoint``:
+    every ``save_freq`` calls, when training ends, and on SIGTERM and Ctrl-C, which then do what they always do.
+
+    A checkpoint is taken once all callbacks have been called: in the offline phase at once; online between two rollouts, and
+    there the first at which an episode has ended in every environment, which is what an exact resume needs. If there is none
+    within another ``save_freq`` calls, it is taken without. A signal does not wait for that, only for the update or the
+    environment step under way; a second one does not wait either.
+
+    :param folder: where checkpoints are written, for this run alone
+    :param save_freq: write every ``save_freq`` call of the callback, counted through both phases as by SB3's
+        ``CheckpointCallback``
+    :param keep: how many checkpoints to keep
+    :param resume: ``"auto"`` for a script that may be started again: a new model goes on from the newest checkpoint that is
+        not damaged, if there is one. Calls that were completed before return at once, the interrupted one is completed
+    :param verbose: 1 to print when a run goes on and when a signal comes, 2 for each checkpoint
+    :raises ValueError: if an argument is out of its range. When training starts: if the model has no offline phase, or is new
+        and the folder holds checkpoints that it is not told to go on from; or see ``OfflineToOnline.resume``
+    """
+
+    model: OfflineToOnline
+
+    def __init__(
+        self, folder: str | os.PathLike[str], save_freq: int, keep: int = 2, resume: str | None = None, verbose: int = 0
+    ):
+        super().__init__(verbose)
+        for name, value in {"save_freq": save_freq, "keep": keep}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if resume not in (None, "auto"):
+            raise ValueError(f"`resume` must be 'auto' or None, got {resume!r}")
+        self.folder = folder
+        self.save_freq = save_freq
+        self.keep = keep
+        self.resume = resume
+        self._due_since: int | None = None
+        self._saved_at: tuple[int, int] | None = None
+        self._is_learning = False
+        self._signal: int | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    def on_call_start(self, model: OfflineToOnline) -> None:
+        """
+        Called when ``learn()`` or ``learn_offline()`` begins.
+
+        :param model: which is about to learn
+        """
+        os.makedirs(self.folder, exist_ok=True)  # now rather than after hours
+        if model.num_timesteps == 0:
+            if self.resume == "auto":
+                if model.resume(self.folder) and self.verbose >= 1:
+                    print(f"Going on at {model.num_timesteps} steps from {self.folder}")
+            elif checkpoints := find_checkpoints(self.folder):
+                raise ValueError(
+                    f"`folder={str(self.folder)!r}` holds checkpoints, the newest is {checkpoints[0].name}: go on from it "
+                    "with `resume='auto'` or `load_checkpoint()`, or choose another folder for this new model"
+                )
+        self._is_learning = True
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                handler = signal.getsignal(signum)
+                if handler not in (signal.SIG_IGN, None):
+                    self._old_handlers[signum] = handler
+                    signal.signal(signum, self._on_signal)
+
+    def on_call_end(self) -> None:
+        """Called when ``learn()`` or ``learn_offline()`` is over, by an error too."""
+        self._is_learning = False
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        self._old_handlers = {}
+        if self._signal is not None:  # it came after the last step, whose checkpoint is written
+            signum, self._signal = self._signal, None
+            signal.raise_signal(signum)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        is_second, self._signal = self._signal is not None, signum
+        if self.verbose >= 1:
+            print(f"{signal.Signals(signum).name}: " + ("stopping" if is_second else "stopping after the next checkpoint"))
+        if is_second:
+            self.on_call_end()
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, OfflineToOnline):
+            raise ValueError(
+                "ResumableCheckpointCallback needs a model with an offline phase, e.g. an Off2OnSAC, "
+                f"got a {type(self.model).__name__}"
+            )
+
+    def _on_step(self) -> bool:
+        if self.n_calls % self.save_freq == 0 and self._due_since is None:
+            self._due_since = self.n_calls
+        return True
+
+    def on_between_steps(self) -> None:
+        """Called when everything about the last update or environment step is stored."""
+        if self._signal is not None:
+            try:
+                self._save()
+            except OSError as error:
+                warnings.warn(f"Stopped without a checkpoint: {error}")
+            self.on_call_end()
+        elif self._due_since is not None and not self.model._in_rollout:
+            is_overdue = self.n_calls - self._due_since >= self.save_freq
+            if not self.model._handed_over or self.model._at_episode_start or is_overdue:
+                self._save()
+
+    def _on_training_end(self) -> None:
+        # RL Zoo calls this after an error as well, which may have come in the middle of an update
+        if self._is_learning:
+            self._save()
+
+    def _save(self) -> None:
+        counters = self.model.num_timesteps, self.model._n_updates
+        if counters != self._saved_at:
+            path = self.model.save_checkpoint(self.folder, self.keep)
+            self._saved_at = counters
+            if self.verbose >= 2:
+                print(f"Saving checkpoint to {path}")
+        self._due_since = None

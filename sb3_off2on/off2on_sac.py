@@ -507,7 +507,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         :return: the model, ready for ``learn()``
         :raises ValueError: if nothing was pretrained, a number is out of its range, or there is no dataset that fits
         """
-        if not self.pretrained or self._handed_over:
+        is_behind = self._to_complete is not None and self._to_complete[0] == "learn"  # of a checkpoint
+        if not is_behind and (not self.pretrained or self._handed_over):
             raise ValueError(
                 "`fit_fqe()` evaluates pretrained policies before they learn online: call it between `learn_offline()` (or "
                 "`set_member()`) and `learn()`"
@@ -516,7 +517,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             if not value > 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}")
         train = partial(self.train_fqe, batch_size=batch_size, learning_rate=learning_rate)
-        self._learn_offline(dataset, gradient_steps, callback, log_interval, progress_bar, tb_log_name, train)
+        self._offline_call("fit_fqe", train, dataset, gradient_steps, callback, log_interval, progress_bar, tb_log_name)
         return self
 
     def train_fqe(self, gradient_steps: int, batch_size: int, learning_rate: float) -> None:

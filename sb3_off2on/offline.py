@@ -1,9 +1,13 @@
 """The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
 
 import math
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -12,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.logger import KVWriter, configure
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -22,10 +26,22 @@ from stable_baselines3.common.utils import configure_logger, safe_mean, update_l
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples
+from sb3_off2on.checkpoint import (
+    check_state,
+    get_state,
+    iterate_callbacks,
+    read_newest,
+    set_session,
+    set_state,
+    write_checkpoint,
+)
 from sb3_off2on.datasets import OfflineDataset, load_dataset
 from sb3_off2on.policies import EnsembleCQLPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
+
+# What trains, in the order in which it is called
+CALLS = ("learn_offline", "fit_fqe", "learn")
 
 
 class TensorReader(KVWriter):
@@ -67,6 +83,15 @@ class OfflineToOnline(OffPolicyAlgorithm):
     _handed_over: bool = False
     _n_first_steps: int = 0
     _tb_log_name: str | None = None
+    # The last call of learn() or learn_offline() and the counter at its start; and the one that a checkpoint interrupted
+    _call: tuple[str, int] | None = None
+    _to_complete: tuple[str, int] | None = None
+    # What a checkpoint holds of the logger and the callbacks, until there are some
+    _session: dict[str, Any] | None = None
+    _callback: BaseCallback | None = None
+    # The seed of the environment's last reset, as long as no step was taken since
+    _env_seed: int | None = None
+    _in_rollout: bool = False
 
     _dataset_params: ClassVar[list[str]] = ["dataset"]
 
@@ -341,6 +366,154 @@ class OfflineToOnline(OffPolicyAlgorithm):
             model.set_dataset(dataset)
         return model
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, folder: str | os.PathLike[str], keep: int | None = None) -> Path:
+        """
+        Write all that the next update depends on, so that training can go on as if it had never stopped: exactly in the
+        offline phase, and in the online phase between two rollouts where an episode has ended in every environment.
+
+        There, the environments start their next episodes here and now from a seed that the checkpoint holds, as what their
+        random numbers were before they reset themselves is not known. Anywhere else, episodes under way are lost to the
+        run that goes on, which begins new ones.
+
+        :param folder: gets a folder for this checkpoint, beside those written before
+        :param keep: how many checkpoints to keep, this one among them; all by default
+        :return: the folder of the checkpoint
+        :raises OSError: if it cannot be written, with the name of the file; model and earlier checkpoints are as they were
+        :raises ValueError: if ``keep`` is below 1
+        """
+        if keep is not None and keep < 1:
+            raise ValueError(f"`keep` must be at least 1, or None for all, got {keep}")
+        seed = self._env_seed
+        if seed is None:
+            # From NumPy's generator, which does not move on: checkpoints change no draw of the training
+            generator = np.random.RandomState()
+            generator.set_state(np.random.get_state())
+            seed = (int(generator.randint(2**31 - 1)) + self.num_timesteps) % 2**31
+            if self.env is not None and self._at_episode_start:
+                self._start_episodes(seed)
+        return write_checkpoint(folder, get_state(self, seed), self.num_timesteps, keep)
+
+    @classmethod
+    def load_checkpoint(
+        cls: type[SelfOfflineToOnline],
+        folder: str | os.PathLike[str],
+        env: GymEnv | str,
+        dataset: Any = None,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfOfflineToOnline:
+        """
+        A model that goes on where ``save_checkpoint()`` was called. The first call of ``learn_offline()`` or ``learn()``
+        completes the interrupted one: its number of steps is the total, of which those done before are a part. After that,
+        calls are what they always are.
+
+        Python's, NumPy's and PyTorch's random numbers go on from the checkpoint's, too.
+
+        :param folder: where checkpoints were written: the newest that is not damaged is taken; or one of them
+        :param env: the environment to learn from, made and wrapped as before
+        :param dataset: the dataset the model was trained with; not needed where it was loaded by an id or from a file
+        :param device: where to put the model
+        :param kwargs: arguments of the constructor which are to be others than before, or which a checkpoint cannot hold
+            (functions and classes of your own)
+        :return: the model
+        :raises ValueError: if there is no checkpoint, none that is not damaged, one of another algorithm or environment, or
+            an argument is missing
+        """
+        newest = read_newest(folder)
+        if newest is None:
+            raise ValueError(
+                f"There is no checkpoint in {str(folder)!r}: start a new model, or name the folder that holds some"
+            )
+        path, state = newest
+        if state["algorithm"] != cls.__name__:
+            raise ValueError(f"{path} is a checkpoint of {state['algorithm']}: use `{state['algorithm']}.load_checkpoint`")
+        missing = {name: reason for name, reason in state["needed"].items() if name not in kwargs}
+        if missing:
+            raise ValueError(
+                f"{path} does not hold these arguments, which only a pickle could: {missing}. "
+                f"Pass them: `load_checkpoint(folder, env, {', '.join(f'{name}=...' for name in missing)})`"
+            )
+        model = cls(env=env, device=device, **{**state["arguments"], **kwargs})
+        info = state["dataset"]
+        if info is not None:
+            try:
+                dataset = load_dataset(info["source"] if dataset is None else dataset)
+            except ValueError as error:
+                raise ValueError(f"{path} was trained with the dataset {info}: pass `dataset=...`. {error}") from error
+            model.set_dataset(dataset)
+        model._restore(path, state, kwargs)
+        return model
+
+    def resume(self: SelfOfflineToOnline, folder: str | os.PathLike[str]) -> bool:
+        """
+        Bring a new model, with its dataset attached, to where the newest checkpoint is, see ``load_checkpoint()``.
+
+        :param folder: where checkpoints are written
+        :return: whether there was one
+        :raises ValueError: if all are damaged, or the newest is one of another model; nothing changes then
+        """
+        newest = read_newest(folder)
+        if newest is not None:
+            self._restore(*newest)
+        return newest is not None
+
+    def _restore(self, path: Path, state: dict[str, Any], changed: Any = ()) -> None:
+        try:
+            check_state(self, state, changed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        set_state(self, state)
+        self._to_complete = self._call
+
+    @property
+    def _at_episode_start(self) -> bool:
+        """Whether no episode would be cut if all environments were reset now."""
+        return self._last_obs is None or (not self._in_rollout and bool(np.all(self._last_episode_starts)))
+
+    def _start_episodes(self, seed: int, update_statistics: bool = True) -> None:
+        """
+        Reset the environments.
+
+        :param seed: determines their episodes from here on
+        :param update_statistics: whether the first observations are new to ``VecNormalize``
+        """
+        assert self.env is not None
+        normalize = self._vec_normalize_env
+        was_training = normalize is not None and normalize.training
+        if normalize is not None:
+            normalize.training = was_training and update_statistics
+        self.env.seed(seed)
+        self._env_seed = seed
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
+        if normalize is not None:
+            normalize.training = was_training
+            self._last_original_obs = normalize.get_original_obs()
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        super().set_random_seed(seed)
+        self._env_seed = seed
+
+    @contextmanager
+    def _hooks(self, callback: MaybeCallback) -> Iterator[None]:
+        """Tell callbacks that ask for it when a call begins, before anything is set up, and when it ends, by an error too."""
+        hooks: list[Any] = [child for child in iterate_callbacks(callback) if hasattr(child, "on_call_start")]
+        try:
+            for child in hooks:
+                child.on_call_start(self)
+            yield
+        finally:
+            for child in hooks:
+                child.on_call_end()
+
+    def _between_steps(self) -> None:
+        """Tell callbacks that ask for it that everything about the last update or environment step is stored."""
+        for child in iterate_callbacks(self._callback):
+            if hasattr(child, "on_between_steps"):
+                child.on_between_steps()
+
     # ------------------------------------------------------------------ the offline phase
 
     @classmethod
@@ -405,22 +578,26 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :return: the trained model
         :raises ValueError: if there is no dataset, or it does not fit the environment
         """
-        self._learn_offline(dataset, gradient_steps, callback, log_interval, progress_bar, tb_log_name)
+        train = partial(self.train_offline, batch_size=self.offline_batch_size)
+        self._offline_call("learn_offline", train, dataset, gradient_steps, callback, log_interval, progress_bar, tb_log_name)
         return self
 
-    def _learn_offline(
+    def _offline_call(
         self,
+        name: str,
+        train: Callable[..., None],
         dataset: Any,
         gradient_steps: int,
         callback: MaybeCallback,
         log_interval: int | None,
         progress_bar: bool,
         tb_log_name: str | None,
-        train: Callable[..., None] | None = None,
-    ) -> bool:
+    ) -> None:
         """
-        :param train: does the updates, by default those of ``train_offline``; the other parameters as ``learn_offline``
-        :return: whether no callback stopped the phase
+        A public method that makes updates from the dataset; the other parameters as ``learn_offline``.
+
+        :param name: of the method
+        :param train: makes the updates, as many as its argument ``gradient_steps`` says
         """
         if gradient_steps < 1 or not float(gradient_steps).is_integer():
             raise ValueError(f"`gradient_steps` must be an integer of at least 1, got {gradient_steps}")
@@ -428,17 +605,41 @@ class OfflineToOnline(OffPolicyAlgorithm):
             raise ValueError(f"`log_interval` must be at least 1, got {log_interval}: use None for no logs")
         if self.env is None:
             raise ValueError("The model has no environment, whose wrappers the data goes through: pass `env` to load()")
-        gradient_steps = int(gradient_steps)
-        train = train or partial(self.train_offline, batch_size=self.offline_batch_size)
         if dataset is not None:
             self.set_dataset(dataset)
         self._prepare_dataset()
         if self.dataset is None:
             raise ValueError("There is no dataset to learn from: pass `dataset=...` or call `model.set_dataset(...)`")
+        with self._hooks(callback):
+            interrupted, _ = self._to_complete or (name, 0)
+            if CALLS.index(interrupted) > CALLS.index(name) and gradient_steps <= self._n_offline_updates:
+                warnings.warn(
+                    f"Nothing to do in `{name}(gradient_steps={gradient_steps})`: the checkpoint that this model was loaded "
+                    f"from is of a later `{interrupted}()`, after {self._n_offline_updates} updates of the offline phase"
+                )
+            else:
+                self._learn_offline(name, train, int(gradient_steps), callback, log_interval, progress_bar, tb_log_name)
+
+    def _learn_offline(
+        self,
+        name: str,
+        train: Callable[..., None],
+        gradient_steps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        progress_bar: bool,
+        tb_log_name: str | None,
+    ) -> bool:
+        """:return: whether no callback stopped the phase; parameters as ``_offline_call``"""
+        interrupted, start = self._to_complete or ("", 0)
+        if interrupted != name:
+            start = self._n_offline_updates
+        self._call, self._to_complete = (name, start), None
+        n_done = self._n_offline_updates - start
 
         tb_log_name = tb_log_name or signature(self.learn).parameters["tb_log_name"].default
         total_timesteps, callback = self._setup_learn(
-            gradient_steps,
+            gradient_steps - n_done,
             callback,
             reset_num_timesteps=self.num_timesteps == 0,
             tb_log_name=tb_log_name,
@@ -449,8 +650,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_envs)]
         callback.on_training_start(locals(), globals())
 
-        n_done = 0
-        while n_done < gradient_steps:
+        continue_training = True
+        while n_done < gradient_steps and continue_training:
             self._current_progress_remaining = 1.0 - n_done / gradient_steps
             # SB3's callbacks take a call for `n_envs` time steps: progress bars count so, and so are frequencies given
             n_updates = min(self.n_envs, gradient_steps - n_done)
@@ -466,8 +667,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 # Not again what a callback has just logged
                 if is_due and self.logger.name_to_value:
                     self.dump_logs()
-            if not continue_training:
-                break
+            self._between_steps()
 
         if log_interval is None:  # what nobody logged is not for the online phase to log
             for values in (self.logger.name_to_value, self.logger.name_to_count, self.logger.name_to_excluded):
@@ -495,17 +695,35 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if the model was trained with a dataset that is not attached
         """
         self._prepare_dataset()
-        remaining = self.offline_gradient_steps - self._n_offline_updates
-        is_due = self.dataset is not None and remaining > 0 and not self._handed_over
-        offline_log_interval = None if log_interval is None else 1000
-        if is_due and not self._learn_offline(None, remaining, callback, offline_log_interval, progress_bar, tb_log_name):
-            return self
-        if not self._handed_over:
-            self._hand_over()
-            self._handed_over, self._n_first_steps = True, 0
-            # Straight after an offline phase the counter and the logger go on; a later reset goes back to its end
-            reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        with self._hooks(callback):
+            interrupted, start = self._to_complete or (None, 0)
+            offline_start = start if interrupted == "learn_offline" else self._n_offline_updates
+            gradient_steps = self.offline_gradient_steps - offline_start
+            is_due = self.dataset is not None and gradient_steps > 0 and not self._handed_over
+            if is_due:
+                train = partial(self.train_offline, batch_size=self.offline_batch_size)
+                interval = None if log_interval is None else 1000
+                if not self._learn_offline(
+                    "learn_offline", train, gradient_steps, callback, interval, progress_bar, tb_log_name
+                ):
+                    return self
+            if not self._handed_over:
+                self._hand_over()
+                self._handed_over, self._n_first_steps = True, 0
+                # Straight after an offline phase the counter and the logger go on; a later reset goes back to its end
+                reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
+            if interrupted == "learn":
+                n_done, reset_num_timesteps = self.num_timesteps - start, False
+                if n_done >= total_timesteps:
+                    warnings.warn(
+                        f"Nothing to do in `learn({total_timesteps})`: the checkpoint that this model was loaded from was "
+                        f"written after {n_done} steps of that call. Another call trains on"
+                    )
+                total_timesteps = max(total_timesteps - n_done, 0)
+            else:
+                start = self._n_offline_updates if reset_num_timesteps else self.num_timesteps
+            self._call, self._to_complete = ("learn", start), None
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     @property
     def _first_update_is_due(self) -> bool:
@@ -527,6 +745,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         and with them or a dataset the first rollout ends at ``learning_starts`` environment steps (or the next multiple of
         ``n_envs``).
         """
+        self._between_steps()
         if replay_buffer.n_online == 0:  # a model that was saved in its first rollout, without its rows
             self._n_first_steps = 0
         # A callback may have stopped the first rollout before
@@ -534,17 +753,19 @@ class OfflineToOnline(OffPolicyAlgorithm):
         first = self._first_update_is_due and missing > 0
         if first:
             train_freq = TrainFreq(math.ceil(missing / env.num_envs), TrainFrequencyUnit.STEP)
-        rollout = super().collect_rollouts(
-            env,
-            callback,
-            train_freq,
-            replay_buffer,
-            action_noise,
-            learning_starts=0 if self.pretrained else learning_starts,
-            log_interval=log_interval,
-        )
-        if first:
-            self._n_first_steps += rollout.episode_timesteps
+        self._in_rollout, self._env_seed = True, None
+        try:
+            rollout = super().collect_rollouts(
+                env,
+                callback,
+                train_freq,
+                replay_buffer,
+                action_noise,
+                learning_starts=0 if self.pretrained else learning_starts,
+                log_interval=log_interval,
+            )
+        finally:
+            self._in_rollout = False
         # SB3's learn() trains once `num_timesteps > learning_starts`, strictly, and after a reset of the counter anew. With
         # something from before the online phase, what counts is that the first rollout is complete
         gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
@@ -553,6 +774,23 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if sb3_waits and is_due and rollout.continue_training and gradient_steps > 0:
             self.train(gradient_steps, self.batch_size)
         return rollout
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        # As SB3's on-policy algorithms do
+        self._last_episode_starts = dones
+
+    def _on_step(self) -> None:
+        self._n_first_steps += self.n_envs
+        self._between_steps()
 
     def _online_gradient_steps(self, gradient_steps: int) -> int:
         """
@@ -576,6 +814,9 @@ class OfflineToOnline(OffPolicyAlgorithm):
         is_custom_logger = self._custom_logger
         if not is_custom_logger:
             self._setup_logger(reset_num_timesteps, tb_log_name)
+        is_reset = reset_num_timesteps or self._last_obs is None
+        if is_reset and self._env_seed is not None and self.env is not None:
+            self.env.seed(self._env_seed)  # once more, as a model that was loaded has been reset before
         try:
             self._custom_logger = True
             total_timesteps, callback = super()._setup_learn(
@@ -588,6 +829,10 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if reset_num_timesteps:
             self.num_timesteps = self._num_timesteps_at_start = self._n_offline_updates
             self._total_timesteps = total_timesteps = total_timesteps + self._n_offline_updates
+        self._callback = callback
+        if self._session is not None:
+            set_session(self, self._session, callback)
+            self._session = None
         return total_timesteps, callback
 
     def _setup_logger(self, reset_num_timesteps: bool, tb_log_name: str) -> None:
@@ -595,6 +840,11 @@ class OfflineToOnline(OffPolicyAlgorithm):
         SB3's logger. But a run that goes on, as the online phase does, stays in its own folder: SB3 would take the latest one
         of that name, and runs side by side that share ``tensorboard_log`` would write into each other's.
         """
+        folder = self._session and self._session["log_folder"]
+        if folder and self.tensorboard_log is not None and tb_log_name == self._tb_log_name:
+            outputs = ["stdout", "tensorboard"] if self.verbose >= 1 else ["tensorboard"]
+            self._logger = configure(os.path.join(self.tensorboard_log, folder), outputs)
+            return
         is_ours = self.tensorboard_log is not None and tb_log_name == self._tb_log_name and hasattr(self, "_logger")
         if reset_num_timesteps or not is_ours:
             is_new = reset_num_timesteps or hasattr(self, "_logger")
@@ -619,7 +869,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + self._dataset_params
+        return super()._excluded_save_params() + self._dataset_params + ["_callback", "_session"]
 
 
 def check_replay_arguments(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> type[BalancedReplayBuffer]:

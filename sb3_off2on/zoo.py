@@ -1,6 +1,6 @@
 """
 RL Zoo (``rl_zoo3``) with the algorithms of this package. Importing this module makes RL Zoo know them, their hyperparameter
-files and their Optuna samplers, and gives its training script the option ``--dataset``.
+files and their Optuna samplers, and gives its training script the options ``--dataset`` and ``--resume``.
 """
 
 import argparse
@@ -20,10 +20,14 @@ from rl_zoo3 import ALGOS, get_saved_hyperparams
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.awac import AWAC
 from sb3_off2on.bcq import BCQ
+from sb3_off2on.callbacks import ResumableCheckpointCallback
+from sb3_off2on.checkpoint import find_checkpoints
 from sb3_off2on.datasets import load_dataset
 from sb3_off2on.off2on_sac import Off2OnSAC
 from sb3_off2on.offline import OfflineToOnline
@@ -136,15 +140,18 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
     - finds the hyperparameters of this package where no file is named,
     - treats the dataset as a hyperparameter, so that ``config.yml`` tells the whole run and a resumed run finds it there,
     - lays what depends on the dataset over what depends on the environment,
-    - makes schedules of ``lin_3e-4`` in every learning rate.
+    - makes schedules of ``lin_3e-4`` in every learning rate,
+    - goes on with the latest run of this algorithm and environment, if it is told to and that run has checkpoints.
 
     With other algorithms it is RL Zoo's, and refuses a dataset.
 
-    :param args: parsed arguments of the command line; the list of datasets is in its ``dataset``
+    :param args: parsed arguments of the command line; the list of datasets is in its ``dataset``, and ``resume`` is ``"auto"``
+        for a run that writes checkpoints and goes on from them
     :param algo: name of the algorithm
     :param positional: see ``ExperimentManager``
     :param kwargs: see ``ExperimentManager``
-    :raises ValueError: if there is a dataset for an algorithm that takes none
+    :raises ValueError: if there is a dataset or ``resume`` for an algorithm that takes none, or ``resume`` with an option that
+        excludes it
     """
 
     def __init__(self, args: argparse.Namespace, algo: str, *positional: Any, **kwargs: Any) -> None:
@@ -158,6 +165,43 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
         if algo in ALGORITHMS and not kwargs.get("config"):
             kwargs["config"] = str(HYPERPARAMS_FOLDER / f"{algo}.yml")
         super().__init__(args, algo, *positional, **kwargs)
+        self.resume: str | None = getattr(args, "resume", None)
+        if self.resume is not None:
+            self._find_run(has_uuid=bool(kwargs.get("uuid_str")))
+
+    def _find_run(self, has_uuid: bool) -> None:
+        """Make the latest run this one, if it has checkpoints."""
+        if not self.has_offline_phase:
+            raise ValueError(f"`--resume` cannot be used with `--algo {self.algo}`: choose one of {', '.join(ALGORITHMS)}")
+        conflicts = {"-optimize": self.optimize_hyperparameters, "-i": self.continue_training, "--uuid": has_uuid}
+        for option, is_given in conflicts.items():
+            if is_given:
+                raise ValueError(f"`--resume` cannot be used with `{option}`: leave one of them out")
+        run = Path(self.log_path, f"{self.env_name}_{get_latest_run_id(self.log_path, self.env_name)}")
+        if find_checkpoints(run / "checkpoints"):
+            self.save_path, self.params_path = str(run), str(run / self.env_name)
+
+    def create_callbacks(self) -> None:
+        """RL Zoo's, and checkpoints where a run may be resumed."""
+        save_freq = self.save_freq if self.save_freq > 0 else 10_000
+        super().create_callbacks()
+        if self.resume is not None:
+            save_freq = max(save_freq // self.n_envs, 1)
+            folder = Path(self.save_path, "checkpoints")
+            self.callbacks.append(ResumableCheckpointCallback(folder, save_freq, resume=self.resume, verbose=1))
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """
+        RL Zoo's, but a resumed run adds to its ``monitor.csv``.
+
+        :param n_envs: see ``ExperimentManager``
+        :param eval_env: see ``ExperimentManager``
+        :param no_log: see ``ExperimentManager``
+        :return: the environments
+        """
+        if not (eval_env or no_log) and any(Path(self.save_path).glob("*monitor.csv")):
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+        return super().create_envs(n_envs, eval_env, no_log)
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
@@ -247,7 +291,7 @@ class OnlineTrialEvalCallback(TrialEvalCallback):
 
 
 class TrainParser(argparse.ArgumentParser):
-    """The parser of RL Zoo's training script with one option more; arguments as ``ArgumentParser``."""
+    """The parser of RL Zoo's training script with two options more; arguments as ``ArgumentParser``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -255,6 +299,12 @@ class TrainParser(argparse.ArgumentParser):
             "--dataset",
             nargs="+",
             help=f"Minari id(s) or file(s) of the dataset to learn from first ({', '.join(ALGORITHMS)}); several are joined",
+        )
+        self.add_argument(
+            "--resume",
+            choices=["auto"],
+            help="write checkpoints (every --save-freq steps, 10000 by default) and, if the latest run of this algorithm and "
+            "environment has some, go on with it: for commands that may be started again",
         )
 
 

@@ -19,10 +19,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_off2on import Off2OnSAC, collect_dataset, zoo
+from sb3_off2on.checkpoint import find_checkpoints
 
 DATASET, OTHER_DATASET = "pendulum/random-v0", "pendulum/other-v0"
 
@@ -50,9 +52,11 @@ def small_params(**params: Any) -> dict[str, Any]:
     }
 
 
-def make_manager(folder: Path, algo: str = "off2on_sac", dataset: list[str] | None = None, **kwargs: Any) -> Any:
+def make_manager(
+    folder: Path, algo: str = "off2on_sac", dataset: list[str] | None = None, resume: str | None = None, **kwargs: Any
+) -> Any:
     """A manager as ``rl_zoo3.train`` makes it, for Pendulum and with small hyperparameters if not told otherwise."""
-    args = argparse.Namespace(dataset=dataset)
+    args = argparse.Namespace(dataset=dataset, resume=resume)
     defaults = {"eval_freq": -1, "device": "cpu", "verbose": 0, "n_timesteps": 8, "hyperparams": small_params()}
     return rl_zoo3.train.ExperimentManager(args, algo, "Pendulum-v1", str(folder / "logs"), **{**defaults, **kwargs})
 
@@ -401,3 +405,70 @@ def test_sampler_covers_what_the_paper_used() -> None:
         fixed: Any = optuna.trial.FixedTrial(dict(zip(expected, values, strict=True)))
         model = small_model(**HYPERPARAMS_SAMPLER["off2on_sac"](fixed, 1, 1, {}))
         assert tuple(getattr(model, name) for name in expected) == values
+
+
+class Killed(BaseCallback):
+    """Raise after so many calls."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at = at
+
+    def _on_step(self) -> bool:
+        if self.n_calls == self.at:
+            raise RuntimeError("killed")
+        return True
+
+
+class TestResume:
+    def test_interrupted_run_goes_on(self, tmp_path: Path) -> None:
+        """In its own folder, to the number of steps that one run has; episodes and evaluations are kept."""
+        params = small_params(train_freq=200, gradient_steps=1, learning_starts=200)
+        kwargs: dict[str, Any] = {
+            "dataset": [DATASET],
+            "n_timesteps": 600,
+            "eval_freq": 150,
+            "save_freq": 200,
+            "resume": "auto",
+        }
+        first = make_manager(tmp_path, hyperparams=params, n_eval_episodes=1, **kwargs)
+        model, _ = first.setup_experiment()
+        first.callbacks.append(Killed(at=450))
+        with pytest.raises(RuntimeError, match=r"killed"):
+            first.learn(model)
+        folder = Path(first.save_path)
+        episodes = (folder / "0.monitor.csv").read_text()
+        assert len(episodes.splitlines()) == 2 + 2
+        assert [path.name for path in find_checkpoints(folder / "checkpoints")] == ["000003_406_steps", "000002_206_steps"]
+
+        second = make_manager(tmp_path, hyperparams=params, n_eval_episodes=1, **kwargs)
+        assert (second.save_path, second.params_path) == (first.save_path, first.params_path)
+        assert run(second).num_timesteps == 6 + 600
+        assert (folder / "0.monitor.csv").read_text().startswith(episodes)
+        assert list(np.load(folder / "evaluations.npz")["timesteps"]) == [150, 300, 450, 600]
+
+        with pytest.warns(UserWarning, match=r"Nothing to do in `learn\(600\)`"):
+            assert run(make_manager(tmp_path, hyperparams=params, **kwargs)).num_timesteps == 6 + 600
+        with pytest.raises(ValueError, match=r"another model: `gamma` differs, 0.99 there and 0.5 here"):
+            run(make_manager(tmp_path, hyperparams={**params, "gamma": 0.5}, **kwargs))
+        assert [path.name for path in folder.parent.iterdir()] == ["Pendulum-v1_1"]
+
+    def test_new_run(self, tmp_path: Path) -> None:
+        """Where the latest run has no checkpoints."""
+        run(make_manager(tmp_path, dataset=[DATASET]))
+        manager = make_manager(tmp_path, dataset=[DATASET], resume="auto")
+        assert Path(manager.save_path).name == "Pendulum-v1_2"
+        run(manager)
+        assert len(find_checkpoints(Path(manager.save_path, "checkpoints"))) == 2
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"algo": "sac"}, r"`--resume` cannot be used with `--algo sac`: choose one of off2on_sac, awac, bcq"),
+            ({"optimize_hyperparameters": True}, r"`--resume` cannot be used with `-optimize`: leave one of them out"),
+            ({"uuid_str": "_x"}, r"`--resume` cannot be used with `--uuid`: leave one of them out"),
+        ],
+    )
+    def test_what_it_cannot_be_used_with(self, tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_manager(tmp_path, resume="auto", **kwargs)

@@ -1,6 +1,7 @@
 """The phase that SB3's off-policy algorithms lack: learning from a dataset before the first environment step."""
 
 import math
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
@@ -20,10 +21,15 @@ from stable_baselines3.common.utils import configure_logger, safe_mean, update_l
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples
-from sb3_off2on.datasets import OfflineDataset, load_dataset
+from sb3_off2on.datasets import OfflineDataset, load_dataset, map_arrays
+from sb3_off2on.faults import LARGEST, NumericalFault, check_step, find_fault, flat, is_fine
 from sb3_off2on.policies import EnsembleCQLPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
+
+# Steps of optimizers from one check to the next on an accelerator, which a check waits for
+ACCELERATOR_CHECK_INTERVAL = 100
+MINIBATCH_FIELDS = ("observations", "actions", "rewards", "next_observations")
 
 
 class TensorReader(KVWriter):
@@ -61,6 +67,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
     offline_batch_size: int
     first_update_multiplier: int
     replay_buffer: BalancedReplayBuffer | None
+    on_fault: str = "raise"
+    max_abs_q: float = 1e8
+    n_skipped_steps: int = 0
+    n_skipped_updates: int = 0
+    _n_checks: int = 0
+    _sound_normalization: Sequence[tuple[Any, dict[str, Any]]] = ()
     _n_offline_updates: int = 0
     _handed_over: bool = False
     _n_first_steps: int = 0
@@ -76,7 +88,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
         :param replay_data: ``batch_size`` rows, or ``ensemble_size * batch_size`` rows if ``per_member``
         :param per_member: whether the members are independent agents, each with rows of its own (those of member 0 first)
-        :return: what to log, as means over members and critics
+        :return: what to log, as means over members and critics; nothing if a fault ended the update
         """
         raise NotImplementedError()
 
@@ -102,9 +114,11 @@ class OfflineToOnline(OffPolicyAlgorithm):
             # Each member learns from a minibatch of its own: the first `batch_size` rows are member 0's
             n_rows = self.policy.ensemble_size * batch_size
             replay_data = self.replay_buffer.sample_offline(n_rows, env=self._vec_normalize_env)
+            self._n_offline_updates += 1
+            if self._has_fault(replay_data, self.policy.ensemble_size):
+                continue
             for name, value in self._update(replay_data, per_member=True).items():
                 self.logger.record_mean(f"offline/{name}", value)
-            self._n_offline_updates += 1
         self.logger.record("offline/learning_rate", learning_rate)
 
     def _hand_over(self) -> None:
@@ -126,6 +140,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         self._update_learning_rate(self._optimizers())
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            if self._has_fault(replay_data):
+                continue
             for name, value in self._update(replay_data, per_member=False).items():
                 self.logger.record_mean(f"train/{name}", value)
             if self.dataset is not None:
@@ -171,6 +187,10 @@ class OfflineToOnline(OffPolicyAlgorithm):
             )
 
     def _setup_model(self) -> None:
+        if self.on_fault not in ("raise", "skip"):
+            raise ValueError(f"`on_fault` must be 'raise' or 'skip', got {self.on_fault!r}")
+        if not self.max_abs_q > 0:
+            raise ValueError(f"`max_abs_q` must be above 0, got {self.max_abs_q}: use math.inf for no limit")
         self._check_at_least(learning_starts=0)
         self._check_integers("offline_gradient_steps", "offline_batch_size")
         super()._setup_model()
@@ -181,6 +201,109 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 f"`train_freq=({self.train_freq.frequency}, 'episode')` needs a single environment, but there are "
                 f"{self.n_envs}: give `train_freq` in steps"
             )
+
+    # ------------------------------------------------------------------ numerical faults
+
+    def _has_fault(
+        self,
+        replay_data: BalancedReplayBufferSamples,
+        n_batches: int = 1,
+        optimizer: th.optim.Optimizer | None = None,
+        **tensors: th.Tensor,
+    ) -> bool:
+        """
+        Whether an update must not go on: to be asked about each minibatch, and again before each step of an optimizer. On the
+        CPU this looks each time, on an accelerator now and then.
+
+        :param replay_data: the minibatch
+        :param n_batches: of how many minibatches of equal size it consists, one behind the other
+        :param optimizer: the one that is about to step, whose gradients are looked at
+        :param tensors: the loss and what it came from, causes first, see ``find_fault``; those whose names end in ``q_values``
+            are held against ``max_abs_q``. Without, the minibatch is looked at
+        :return: True if the update is to be left out
+        :raises NumericalFault: if it is not to be left out
+        """
+        self._n_checks += 1
+        if self.device.type != "cpu" and self._n_checks % ACCELERATOR_CHECK_INTERVAL != 0:
+            return False
+        minibatch = flat({name: getattr(replay_data, name) for name in MINIBATCH_FIELDS})
+        if optimizer is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            tensors["gradient norm"] = th.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        limits = {name: self.max_abs_q for name in tensors if name.endswith("q_values")}
+        if all(is_fine(tensor, limits.get(name, LARGEST)) for name, tensor in (tensors or minibatch).items()):
+            return False
+        if self.on_fault == "skip":
+            self.n_skipped_updates += 1
+            return True
+        rows = th.as_tensor(replay_data.indices).cpu().numpy().reshape(n_batches, -1)
+        state = [(name, value) for name, value in vars(self).items() if isinstance(value, th.Tensor)]
+        for name, module in vars(self).items():
+            if isinstance(module, th.nn.Module) and module is not self.policy:  # whose parts have names of their own
+                state += [(f"{name}.{key}", value) for key, value in module.state_dict().items()]
+        raise NumericalFault(
+            f"An update at num_timesteps={self.num_timesteps} was not made: {find_fault(rows, minibatch, state, tensors, limits)}. "
+            "`on_fault='skip'` goes on without such updates"
+        )
+
+    def _normalization(self) -> list[tuple[Any, dict[str, Any]]]:
+        """:return: what ``VecNormalize`` changes with each step, and its values. It replaces them, so no copy is needed"""
+        env = self._vec_normalize_env
+        if env is None:
+            return []
+        obs_rms = getattr(env, "obs_rms", None)
+        statistics = [*obs_rms.values()] if isinstance(obs_rms, dict) else [obs_rms] if obs_rms is not None else []
+        named = [(part, ("mean", "var", "count")) for part in (*statistics, env.ret_rms)]
+        return [(part, {name: getattr(part, name) for name in names}) for part, names in [*named, (env, ("returns",))]]
+
+    def _undo_step(self) -> None:
+        """Take a faulty step out of ``VecNormalize``'s statistics, which would never be finite again."""
+        for part, values in self._sound_normalization:
+            vars(part).update(values)
+        self._last_obs = None  # the next learn() resets the environments
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """SB3's. Where faulty steps are left out, zeros stand in for what is not finite: what comes of it is not stored."""
+        observations: Any = self._last_obs
+        if self.on_fault == "skip":
+            self._last_obs = map_arrays(lambda part: np.where(np.isfinite(part), part, 0).astype(part.dtype), observations)
+            actions = super()._sample_action(learning_starts, action_noise, n_envs)
+            self._last_obs = observations
+            return actions
+        try:
+            check_step(observations=observations)
+        except NumericalFault:
+            self._undo_step()
+            raise
+        return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    def _store_transition(
+        self,
+        replay_buffer: Any,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """SB3's, but see ``on_fault``: what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics."""
+        env = self._vec_normalize_env
+        original_obs = new_obs if env is None else env.get_original_obs()
+        try:
+            check_step(new_observations=original_obs)
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        except NumericalFault:
+            self._undo_step()
+            if self.on_fault == "raise":
+                raise
+            # A row of the ring holds a step of all environments, so all of them are left out
+            self.n_skipped_steps += len(dones)
+            self._last_obs, self._last_original_obs = original_obs, original_obs
+            if env is not None:
+                self._last_obs = env.normalize_obs(original_obs)
+        self._sound_normalization = self._normalization()
 
     # ------------------------------------------------------------------ the dataset
 
@@ -543,6 +666,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._sound_normalization = self._normalization()
         is_custom_logger = self._custom_logger
         if not is_custom_logger:
             self._setup_logger(reset_num_timesteps, tb_log_name)
@@ -584,10 +708,14 @@ class OfflineToOnline(OffPolicyAlgorithm):
             assert self.dataset is not None
             mean_return = safe_mean([ep_info["r"] for ep_info in self.ep_info_buffer])
             self.logger.record("rollout/normalized_score", self.dataset.normalized_score(mean_return))
+        if self.n_skipped_steps > 0:
+            self.logger.record("rollout/n_skipped_steps", self.n_skipped_steps)
+        if self.n_skipped_updates > 0:
+            self.logger.record("train/n_skipped_updates", self.n_skipped_updates)
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + self._dataset_params
+        return [*super()._excluded_save_params(), *self._dataset_params, "_sound_normalization"]
 
 
 def check_replay_arguments(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> type[BalancedReplayBuffer]:

@@ -200,8 +200,8 @@ class AWAC(OfflineToOnline):
     :param offline_batch_size: rows per member and update in the offline phase
     :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
     :param awac_lambda: temperature of the advantage weights, > 0; the larger, the closer to behaviour cloning
-    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that names
-        the cause, ``"skip"`` leaves such steps and updates out and counts them
+    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
+        names the cause, ``"skip"`` leaves such steps and updates out and counts them
     :param max_abs_q: Q-values beyond it count as exploding
     :raises ValueError: if an argument is out of its range or not supported
     """

@@ -358,8 +358,8 @@ class BCQ(OfflineToOnline):
     :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
     :param bcq_lambda: weight of the smaller Q-value in the target, in [0, 1]; the larger has the rest
     :param n_target_actions: number of generated actions over which the target takes the maximum
-    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that names
-        the cause, ``"skip"`` leaves such steps and updates out and counts them
+    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
+        names the cause, ``"skip"`` leaves such steps and updates out and counts them
     :param max_abs_q: Q-values beyond it count as exploding
     :raises ValueError: if an argument is out of its range or not supported
     """

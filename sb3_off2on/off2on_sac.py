@@ -89,8 +89,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param priority_temperature: T of Eq. 6
     :param density_ratio_kwargs: arguments of ``DensityRatio`` (``net_arch``, ``activation_fn``, ``learning_rate``), and
         ``reference``: ``"offline"`` for d_on/d_off, ``"union"`` for the d_on/d_(off and on) of section E.1
-    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that names
-        the cause, ``"skip"`` leaves such steps and updates out and counts them
+    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
+        names the cause, ``"skip"`` leaves such steps and updates out and counts them
     :param max_abs_q: Q-values beyond it count as exploding
     :raises ValueError: if an argument is out of its range or not supported
     """
@@ -567,8 +567,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Lines 13-14 of Algorithm 2
             if replay_is_balanced:
                 reference_data, density_ratio_loss_value = self._train_density_ratio(batch_size)
-                if density_ratio_loss_value is None:
-                    continue
                 density_ratio_losses.append(density_ratio_loss_value)
 
             # Sample replay buffer (line 16)
@@ -672,27 +670,30 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/qf_learning_rate", qf_learning_rate)
-        values = {
-            "train/ent_coef": ent_coefs,
-            "train/actor_loss": actor_losses,
-            "train/critic_loss": critic_losses,
-            "train/ent_coef_loss": ent_coef_losses,
-            "density_ratio/loss": density_ratio_losses,
-        }
-        if self.dataset is not None:
-            values["replay/offline_fraction"] = offline_fractions
-        for name, tensors in values.items():
-            if len(tensors) > 0:
-                self.logger.record(name, th.stack(tensors).mean().item())
+        self._record_means("train/ent_coef", ent_coefs)
+        self._record_means("train/actor_loss", actor_losses)
+        self._record_means("train/critic_loss", critic_losses)
+        self._record_means("train/ent_coef_loss", ent_coef_losses)
         if len(density_ratio_losses) > 0:
+            self._record_means("density_ratio/loss", density_ratio_losses)
             self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
+        if self.dataset is not None:
+            self._record_means("replay/offline_fraction", offline_fractions)
 
-    def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, th.Tensor | None]:
+    def _record_means(self, name: str, values: list[th.Tensor]) -> None:
+        """
+        :param name: what to log
+        :param values: scalars, one for each update; none where there is nothing of the kind, or faults ended all updates
+        """
+        if len(values) > 0:
+            self.logger.record(name, th.stack(values).nanmean().item())
+
+    def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, th.Tensor]:
         """
         One step on Eq. 4.
 
         :param batch_size: number of online and number of reference samples
-        :return: the reference samples and the loss, which is ``None`` if a fault ended the update
+        :return: the reference samples and the loss
         """
         assert self.density_ratio is not None
         if self.density_ratio_kwargs.get("reference", "offline") == "offline":
@@ -700,17 +701,15 @@ class Off2OnSAC(OfflineToOnline, SAC):
         else:
             reference_data = self.replay_buffer.sample_uniform(batch_size, env=self._vec_normalize_env)
         online_data = self.replay_buffer.sample_online(batch_size, env=self._vec_normalize_env)
-        if self._has_fault(reference_data) or self._has_fault(online_data):
-            return reference_data, None
         ratio_online = self.density_ratio(online_data.observations, online_data.actions)
         ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
         loss = density_ratio_loss(ratio_online, ratio_reference)
         self.density_ratio.optimizer.zero_grad()
         loss.backward()
         optimizer = self.density_ratio.optimizer
-        if self._has_fault(online_data, 1, optimizer, density_ratio=ratio_online, density_ratio_loss=loss):
-            return reference_data, None
-        optimizer.step()
+        has_fault = self._has_fault(reference_data, density_ratio=ratio_reference)
+        if not has_fault and not self._has_fault(online_data, 1, optimizer, density_ratio=ratio_online, loss=loss):
+            optimizer.step()
         return reference_data, loss.detach()
 
     def _update_priorities(

@@ -241,9 +241,10 @@ class OfflineToOnline(OffPolicyAlgorithm):
         for name, module in vars(self).items():
             if isinstance(module, th.nn.Module) and module is not self.policy:  # whose parts have names of their own
                 state += [(f"{name}.{key}", value) for key, value in module.state_dict().items()]
+        fault = find_fault(rows, minibatch, state, tensors, limits)
         raise NumericalFault(
-            f"An update at num_timesteps={self.num_timesteps} was not made: {find_fault(rows, minibatch, state, tensors, limits)}. "
-            "`on_fault='skip'` goes on without such updates"
+            f"The update at num_timesteps={self.num_timesteps} was not made: {fault}. Or set `on_fault='skip'` to go on without "
+            "such updates"
         )
 
     def _normalization(self) -> list[tuple[Any, dict[str, Any]]]:
@@ -288,7 +289,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """SB3's, but see ``on_fault``: what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics."""
+        """SB3's, but what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics: see ``on_fault``."""
         env = self._vec_normalize_env
         original_obs = new_obs if env is None else env.get_original_obs()
         try:

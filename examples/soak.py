@@ -95,17 +95,6 @@ def make_workers(dataset: OfflineDataset, seed: int) -> VecEnv:
     return make_vec_env(dataset.env_spec.id, n_envs=2, seed=seed, vec_env_cls=SubprocVecEnv)
 
 
-def close(env: VecEnv) -> None:
-    """One worker is dead: SB3's `close()` stops at it."""
-    assert isinstance(env, SubprocVecEnv)
-    for process, remote in zip(env.processes, env.remotes, strict=True):
-        remote.close()
-        process.terminate()
-        process.join()
-        process.close()
-    env.closed = True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -143,10 +132,9 @@ def main() -> None:
                 model.learn_offline(gradient_steps=50, callback=watch)
                 model.learn(400, [watch, evaluation], reset_num_timesteps=False)
                 watch.n_updates += model._n_updates
-            except (EOFError, ConnectionError) as error:
-                print(f"{watch.elapsed:6.1f} min {type(error).__name__}: {error}", flush=True)
+            except RuntimeError as error:
+                print(f"{watch.elapsed:6.1f} min {error}", flush=True)
                 watch.n_killed += 1
-                close(env)
                 env = make_workers(dataset, arguments.seed + watch.n_killed)
                 model.set_env(env)
             model.save(model_path)

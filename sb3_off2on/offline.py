@@ -24,6 +24,7 @@ from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples
 from sb3_off2on.datasets import OfflineDataset, load_dataset, map_arrays
 from sb3_off2on.faults import LARGEST, NumericalFault, check_step, find_fault, flat, is_fine
 from sb3_off2on.policies import EnsembleCQLPolicy
+from sb3_off2on.workers import close_dead_workers, watched_workers
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
@@ -243,8 +244,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 state += [(f"{name}.{key}", value) for key, value in module.state_dict().items()]
         fault = find_fault(rows, minibatch, state, tensors, limits)
         raise NumericalFault(
-            f"The update at num_timesteps={self.num_timesteps} was not made: {fault}. Or set `on_fault='skip'` to go on without "
-            "such updates"
+            f"The update at num_timesteps={self.num_timesteps} was not made: {fault}. Or set `on_fault='skip'` to go on "
+            "without such updates"
         )
 
     def _normalization(self) -> list[tuple[Any, dict[str, Any]]]:
@@ -289,7 +290,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """SB3's, but what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics: see ``on_fault``."""
+        """SB3's, but what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics."""
         env = self._vec_normalize_env
         original_obs = new_obs if env is None else env.get_original_obs()
         try:
@@ -599,7 +600,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
             self._handed_over, self._n_first_steps = True, 0
             # Straight after an offline phase the counter and the logger go on; a later reset goes back to its end
             reset_num_timesteps = reset_num_timesteps and self._n_offline_updates == 0
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        with watched_workers(self.env):
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     @property
     def _first_update_is_due(self) -> bool:
@@ -620,6 +622,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         SB3's, but pretrained agents play from the first step on (SB3 would play random actions before ``learning_starts``),
         and with them or a dataset the first rollout ends at ``learning_starts`` environment steps (or the next multiple of
         ``n_envs``).
+
+        :raises RuntimeError: if the worker of an environment died; its ``SubprocVecEnv`` is closed then
         """
         if replay_buffer.n_online == 0:  # a model that was saved in its first rollout, without its rows
             self._n_first_steps = 0
@@ -628,15 +632,25 @@ class OfflineToOnline(OffPolicyAlgorithm):
         first = self._first_update_is_due and missing > 0
         if first:
             train_freq = TrainFreq(math.ceil(missing / env.num_envs), TrainFrequencyUnit.STEP)
-        rollout = super().collect_rollouts(
-            env,
-            callback,
-            train_freq,
-            replay_buffer,
-            action_noise,
-            learning_starts=0 if self.pretrained else learning_starts,
-            log_interval=log_interval,
-        )
+        try:
+            rollout = super().collect_rollouts(
+                env,
+                callback,
+                train_freq,
+                replay_buffer,
+                action_noise,
+                learning_starts=0 if self.pretrained else learning_starts,
+                log_interval=log_interval,
+            )
+        except (EOFError, ConnectionError) as error:
+            dead_workers = close_dead_workers(env)
+            if not dead_workers:
+                raise
+            self._last_obs = None
+            raise RuntimeError(
+                f"The worker of environment {' and '.join(dead_workers)}. What it printed tells why. The model is as it was "
+                "after the last complete step: it can be saved, and set_env() gives it new environments"
+            ) from error
         if first:
             self._n_first_steps += rollout.episode_timesteps
         # SB3's learn() trains once `num_timesteps > learning_starts`, strictly, and after a reset of the counter anew. With

@@ -121,8 +121,6 @@ class TestEnvironment:
         assert model.replay_buffer.size() == 40 - n_skipped
         assert np.isfinite(model.replay_buffer.observations).all()
         assert np.isfinite(model.replay_buffer.next_observations).all()
-        model.dump_logs()
-        model.ep_info_buffer.clear()
         assert model.n_skipped_updates == 0
 
     def test_the_count_is_logged(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +145,6 @@ class TestEnvironment:
                 model.learn(60)
         model.learn(60, reset_num_timesteps=False)
         assert (model.n_skipped_steps > 0) == (on_fault == "skip")
-        assert isinstance(env.obs_rms, object)
         for values in (env.obs_rms.mean, env.obs_rms.var, env.ret_rms.var, env.returns):  # type: ignore[union-attr]
             assert np.isfinite(values).all()
         assert np.isfinite(model.replay_buffer.observations).all()
@@ -199,11 +196,11 @@ class TestUpdates:
     @pytest.mark.parametrize("cls", ALGORITHMS)
     def test_the_row_is_named_offline(self, cls: Any) -> None:
         """Rows of the members lie one behind the other; the index is that of the dataset."""
-        model = model_of(cls, dataset=make_dataset(n_episodes=1, length=20))
-        model.dataset.rewards[17] = np.inf
+        model = model_of(cls, dataset=make_dataset(n_episodes=1, length=3))
+        model.dataset.rewards[1] = np.inf
         before = state_of(model)
         with pytest.raises(
-            NumericalFault, match=r"num_timesteps=0 was not made: `rewards` hold inf in .* \(in the replay: 17\)"
+            NumericalFault, match=r"num_timesteps=0 was not made: `rewards` hold inf in .* \(in the replay: 1\)"
         ):
             model.learn_offline(gradient_steps=1)
         assert_same(before, state_of(model))
@@ -214,21 +211,15 @@ class TestUpdates:
     def test_skips_and_counts(self, cls: Any, phase: str) -> None:
         model = model_of(cls, dataset=make_dataset(n_episodes=2, length=20), on_fault="skip")
         model.learn_offline(gradient_steps=2)
-        model.learn(8)
+        if phase == "online":
+            model.learn(8)
         model.dataset.rewards[:] = np.nan
         model.replay_buffer.rewards[:] = np.nan
+        model.replay_buffer.set_scheme("uniform")  # no density ratio, whose own minibatches are judged by themselves
         before = state_of(model)
-        if phase == "offline":
-            model.train_offline(5, batch_size=8)
-        else:
-            model.replay_buffer.set_scheme("uniform")
-            before["priorities"] = None
-            model.train(5, batch_size=8)
+        model.train_offline(5, batch_size=8) if phase == "offline" else model.train(5, batch_size=8)
         assert model.n_skipped_updates == 5
-        if phase == "offline" or cls is not Off2OnSAC:
-            assert_same(before, state_of(model))
-        for key in ("critic_loss", "actor_loss"):
-            assert f"{phase}/{key}" not in model.logger.name_to_value or phase == "online"
+        assert_same(before, state_of(model))
 
     @pytest.mark.parametrize("cls", ALGORITHMS)
     @pytest.mark.parametrize("phase", ["offline", "online"])
@@ -329,8 +320,8 @@ def test_arguments(cls: Any) -> None:
 class KillWorker(BaseCallback):
     def _on_step(self) -> bool:
         if self.n_calls == 6:
-            assert isinstance(self.training_env, SubprocVecEnv)
-            os.kill(self.training_env.processes[1].pid or 0, signal.SIGKILL)
+            processes: Any = self.training_env.processes  # type: ignore[attr-defined]
+            os.kill(processes[1].pid, signal.SIGKILL)
         return True
 
 

@@ -159,8 +159,17 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if one is below it
         """
         for name, minimum in minima.items():
+            self._check_number(name)
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
+
+    def _check_number(self, name: str) -> None:
+        """
+        :param name: name of an argument
+        :raises TypeError: if it is not a number
+        """
+        if not isinstance(getattr(self, name), (int, float, np.number)):
+            raise TypeError(f"`{name}` must be a number, got {getattr(self, name)!r}")
 
     def _check_integers(self, *names: str) -> None:
         """
@@ -170,6 +179,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if one has a fraction
         """
         for name in names:
+            self._check_number(name)
             if not float(getattr(self, name)).is_integer():
                 raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)}")
             setattr(self, name, int(getattr(self, name)))

@@ -35,9 +35,11 @@ def model_of(cls: Any, env: Any = None, **kwargs: Any) -> Any:
 
 
 def state_of(model: Any) -> dict[str, Any]:
-    state = {"parameters": model.get_parameters(), "priorities": None}
+    state: dict[str, Any] = {"parameters": deepcopy(model.get_parameters()), "priorities": None}
     if model.replay_buffer.scheme == "balanced":
         state["priorities"] = np.array(model.replay_buffer._tree.leaves)
+    for group in (group for part in state["parameters"].values() for group in part.get("param_groups", [])):
+        del group["lr"]  # follows its schedule, whatever the updates do
     names = ("log_ent_coef", "offline_log_ent_coef", "log_cql_lagrange")
     return deepcopy(state | {name: getattr(model, name).detach() for name in names if hasattr(model, name)})
 

@@ -30,6 +30,8 @@ SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
 # Steps of optimizers from one check to the next on an accelerator, which a check waits for
 ACCELERATOR_CHECK_INTERVAL = 100
+# Optimizers divide by small numbers: much larger ones overflow in float32
+MAX_LEARNING_RATE = 1e6
 MINIBATCH_FIELDS = ("observations", "actions", "rewards", "next_observations")
 
 
@@ -197,13 +199,42 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 "estimate: choose 'uniform', 'online', 'offline' or 'symmetric', or use Off2OnSAC"
             )
 
-    def _setup_model(self) -> None:
+    def _check_common_arguments(self) -> None:
+        """
+        What SB3 does not check, or only asserts.
+
+        :raises TypeError: if an argument is not of the type that it must be
+        :raises ValueError: if it is out of its range
+        """
+        self._check_at_least(learning_starts=0, buffer_size=1, batch_size=1, gradient_steps=-1)
+        self._check_integers("offline_gradient_steps", "offline_batch_size", "learning_starts", "buffer_size", "batch_size")
+        self._check_integers("gradient_steps")
+        for name in ("gamma", "tau"):
+            self._check_number(name)
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}")
+        for name, rate in vars(self).items():
+            if not name.endswith("learning_rate") or callable(rate) or (rate is None and name == "qf_learning_rate"):
+                continue
+            self._check_number(name)
+            if not 0 <= rate <= MAX_LEARNING_RATE:
+                raise ValueError(f"`{name}` must be in [0, {MAX_LEARNING_RATE:g}], got {rate}")
+        freq = self.train_freq
+        frequency, unit = freq if isinstance(freq, tuple) and len(freq) == 2 else (freq, "step")
+        if (
+            not isinstance(frequency, (int, np.integer))
+            or frequency < 1
+            or unit not in (*TrainFrequencyUnit, "step", "episode")
+        ):
+            raise ValueError(f"`train_freq` must be a number of steps, or such as (1, 'episode'), at least 1, got {freq!r}")
         if self.on_fault not in ("raise", "skip"):
             raise ValueError(f"`on_fault` must be 'raise' or 'skip', got {self.on_fault!r}")
+        self._check_number("max_abs_q")
         if not self.max_abs_q > 0:
             raise ValueError(f"`max_abs_q` must be above 0, got {self.max_abs_q}: use math.inf for no limit")
-        self._check_at_least(learning_starts=0)
-        self._check_integers("offline_gradient_steps", "offline_batch_size")
+
+    def _setup_model(self) -> None:
+        self._check_common_arguments()
         super()._setup_model()
         assert isinstance(self.train_freq, TrainFreq)
         # SB3 raises this after the first rollout, which counts steps here

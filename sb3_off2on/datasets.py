@@ -236,14 +236,28 @@ class OfflineDataset:
 
     def make_env(self, **kwargs: Any) -> gym.Env:
         """
-        Make the environment that the data comes from.
+        Make the environment that the data comes from. What a file says about it is not trusted: the code is that which is
+        registered under its id, and wrappers are those of Gymnasium.
 
         :param kwargs: passed to ``gym.make``
-        :raises ValueError: if the dataset does not name its environment
+        :raises ValueError: if the dataset does not name its environment, or that would need other code
         """
         if self.env_spec is None:
             raise ValueError(f"{self.source} does not name its environment: make it yourself and pass it as env.")
-        return gym.make(self.env_spec, **kwargs)
+        registered = gym.registry.get(self.env_spec.id)
+        if registered is None:
+            raise ValueError(
+                f"{self.source}: its environment {self.env_spec.id} is not registered, and the entry point "
+                f"{self.env_spec.entry_point!r} that the dataset names could run any code. Import the package that registers it, "
+                "or make it yourself and pass it as env."
+            )
+        for wrapper in self.env_spec.additional_wrappers:
+            if not wrapper.entry_point.startswith("gymnasium.wrappers."):
+                raise ValueError(
+                    f"{self.source}: its environment has the wrapper {wrapper.entry_point!r}, which could run any code. "
+                    "Make the environment yourself and pass it as env."
+                )
+        return gym.make(replace(self.env_spec, entry_point=registered.entry_point), **kwargs)
 
     def for_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> "OfflineDataset":
         """

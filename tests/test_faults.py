@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_off2on import AWAC, BCQ, BalancedReplayBuffer, Off2OnSAC
+from sb3_off2on import AWAC, BCQ, BalancedReplayBuffer, Off2OnSAC, load_dataset
 from sb3_off2on.faults import NumericalFault, check_step, find_fault
 
 ALGORITHMS = [Off2OnSAC, AWAC, BCQ]
@@ -354,3 +355,83 @@ class AnotherEnv(BaseCallback):
 def test_errors_of_others_pass() -> None:
     with pytest.raises(EOFError, match=r"not of a worker"):
         small_model(TinyEnv()).learn(10, AnotherEnv())
+
+
+class TestSafeLoading:
+    """``load_dataset`` runs nothing that comes from a file. More places are in examples/hostile_input.py."""
+
+    def hostile_spec(self, tmp_path: Any, **spec: Any) -> Any:
+        return gym.envs.registration.EnvSpec(**{"id": "Pendulum-v1", "entry_point": "os:mkdir", "kwargs": {}, **spec})
+
+    def test_entry_points(self, tmp_path: Any) -> None:
+        """What a dataset says about its environment would be imported and called by ``gym.make``."""
+        trace = tmp_path / "trace"
+        spec = self.hostile_spec(tmp_path, id="Hostile-v0", kwargs={"path": str(trace)})
+        dataset = replace(make_dataset(), env_spec=spec)
+        with pytest.raises(
+            ValueError, match=r"Hostile-v0 is not registered, and the entry point 'os:mkdir' that the dataset names"
+        ):
+            dataset.make_env()
+        assert not trace.exists()
+        # Of a registered id, the registered code is taken
+        dataset = replace(dataset, env_spec=self.hostile_spec(tmp_path, max_episode_steps=7))
+        env = dataset.make_env()
+        assert type(env.unwrapped).__name__ == "PendulumEnv"
+        assert env.spec is not None
+        assert env.spec.max_episode_steps == 7
+
+    def test_wrappers(self, tmp_path: Any) -> None:
+        trace = tmp_path / "trace"
+        spec_of = gym.envs.registration.WrapperSpec
+        spec = replace(gym.spec("Pendulum-v1"), additional_wrappers=(spec_of("x", "os:mkdir", {"path": str(trace)}),))
+        with pytest.raises(ValueError, match=r"has the wrapper 'os:mkdir', which could run any code"):
+            replace(make_dataset(), env_spec=spec).make_env()
+        assert not trace.exists()
+        wrapped = gym.wrappers.ClipReward(gym.make("Pendulum-v1"), -1.0, 1.0).spec
+        env = replace(make_dataset(), env_spec=wrapped).make_env()
+        assert isinstance(env, gym.wrappers.ClipReward)
+
+    def test_a_truncated_pickle_names_the_file(self, tmp_path: Any) -> None:
+        (tmp_path / "buffer.pkl").write_bytes(b"\x80\x04\x95")
+        with pytest.raises(ValueError, match=r"buffer.pkl cannot be read, it may be damaged: EOFError|UnpicklingError"):
+            load_dataset(tmp_path / "buffer.pkl", allow_pickle=True)
+
+    @pytest.mark.parametrize("name", ["terminations", "truncations"])
+    def test_flags(self, name: str) -> None:
+        arrays = {
+            "observations": np.zeros((4, 3)),
+            "actions": np.zeros((4, 1)),
+            "rewards": np.zeros(4),
+            "terminations": np.zeros(4),
+        }
+        with pytest.raises(ValueError, match=rf"{name} must be flags, 0 or 1, got nan"):
+            load_dataset({**arrays, name: np.full(4, np.nan)})
+        with pytest.raises(ValueError, match=rf"{name} are of dtype object, expected numbers"):
+            load_dataset({**arrays, name: np.full(4, None)})
+        with pytest.raises(ValueError, match=r"observations are a single value, expected shape"):
+            load_dataset({**arrays, "observations": 1.0})
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"gamma": 1.01}, ValueError, r"`gamma` must be in \[0, 1\], got 1.01"),
+        ({"tau": -0.1}, ValueError, r"`tau` must be in \[0, 1\], got -0.1"),
+        ({"learning_rate": 1e38}, ValueError, r"`learning_rate` must be in \[0, 1e\+06\], got 1e\+38"),
+        ({"learning_rate": "fast"}, TypeError, r"`learning_rate` must be a number, got 'fast'"),
+        ({"buffer_size": 0}, ValueError, r"`buffer_size` must be at least 1, got 0"),
+        ({"batch_size": 2.5}, ValueError, r"`batch_size` must be an integer, got 2.5"),
+        ({"gradient_steps": None}, TypeError, r"`gradient_steps` must be a number, got None"),
+        (
+            {"train_freq": (1,)},
+            ValueError,
+            r"`train_freq` must be a number of steps, or such as \(1, 'episode'\), .* got \(1,\)",
+        ),
+        ({"train_freq": 0}, ValueError, r"`train_freq` must be .* at least 1, got 0"),
+    ],
+)
+def test_arguments_of_sb3(cls: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Those that SB3 accepts, or meets with an assertion or an error of Python's."""
+    with pytest.raises(error, match=message):
+        model_of(cls, **kwargs)

@@ -248,8 +248,8 @@ class OfflineDataset:
         if registered is None:
             raise ValueError(
                 f"{self.source}: its environment {self.env_spec.id} is not registered, and the entry point "
-                f"{self.env_spec.entry_point!r} that the dataset names could run any code. Import the package that registers it, "
-                "or make it yourself and pass it as env."
+                f"{self.env_spec.entry_point!r} that the dataset names could run any code. Import the package that registers "
+                "it, or make it yourself and pass it as env."
             )
         for wrapper in self.env_spec.additional_wrappers:
             if not wrapper.entry_point.startswith("gymnasium.wrappers."):

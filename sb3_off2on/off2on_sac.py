@@ -19,6 +19,7 @@ from sb3_off2on.policies import (
     EnsembleCQLPolicy,
     EnsembleCritic,
     EnsembleMultiInputPolicy,
+    check_layers,
     trainable_parameters,
 )
 
@@ -245,6 +246,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         known = {"net_arch", "activation_fn", "learning_rate", "reference"}
         if not set(self.density_ratio_kwargs) <= known:
             raise ValueError(f"`density_ratio_kwargs` must be among {sorted(known)}, got {sorted(self.density_ratio_kwargs)}")
+        check_layers("density_ratio_kwargs['net_arch']", self.density_ratio_kwargs.get("net_arch"))
         reference = self.density_ratio_kwargs.get("reference", "offline")
         if reference not in ("offline", "union"):
             raise ValueError(f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {reference!r}")

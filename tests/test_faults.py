@@ -428,6 +428,12 @@ class TestSafeLoading:
             ValueError,
             r"`train_freq` must be a number of steps, or such as \(1, 'episode'\), .* got \(1,\)",
         ),
+        (
+            {"policy_kwargs": {"net_arch": [-1]}},
+            ValueError,
+            r"`net_arch` must be a list of integers of at least 1, .* got \[-1\]",
+        ),
+        ({"policy_kwargs": {"net_arch": {"pi": 5, "qf": [4]}}}, ValueError, r"`net_arch` must be .* for pi and qf, got 5"),
         ({"train_freq": 0}, ValueError, r"`train_freq` must be .* at least 1, got 0"),
     ],
 )
@@ -435,3 +441,8 @@ def test_arguments_of_sb3(cls: Any, kwargs: dict[str, Any], error: type[Exceptio
     """Those that SB3 accepts, or meets with an assertion or an error of Python's."""
     with pytest.raises(error, match=message):
         model_of(cls, **kwargs)
+
+
+def test_layers_of_the_density_ratio() -> None:
+    with pytest.raises(ValueError, match=r"`density_ratio_kwargs\['net_arch'\]` must be a list of integers .* got 'big'"):
+        model_of(Off2OnSAC, density_ratio_kwargs={"net_arch": "big"})

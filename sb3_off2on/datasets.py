@@ -476,7 +476,7 @@ def _errors_name(source: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and source in str(error):
             raise
-        raise ValueError(f"{source} cannot be read, it may be damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}. The file may be damaged") from error
 
 
 def _is_file(source: str | os.PathLike[str]) -> bool:

@@ -393,7 +393,7 @@ class TestSafeLoading:
 
     def test_a_truncated_pickle_names_the_file(self, tmp_path: Any) -> None:
         (tmp_path / "buffer.pkl").write_bytes(b"\x80\x04\x95")
-        with pytest.raises(ValueError, match=r"buffer.pkl cannot be read, it may be damaged: EOFError|UnpicklingError"):
+        with pytest.raises(ValueError, match=r"buffer.pkl cannot be read: (EOFError|UnpicklingError).* may be damaged"):
             load_dataset(tmp_path / "buffer.pkl", allow_pickle=True)
 
     @pytest.mark.parametrize("name", ["terminations", "truncations"])

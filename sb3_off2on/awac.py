@@ -200,6 +200,9 @@ class AWAC(OfflineToOnline):
     :param offline_batch_size: rows per member and update in the offline phase
     :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
     :param awac_lambda: temperature of the advantage weights, > 0; the larger, the closer to behaviour cloning
+    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
+        names the cause, ``"skip"`` leaves such steps and updates out and counts them
+    :param max_abs_q: Q-values beyond it count as exploding
     :raises ValueError: if an argument is out of its range or not supported
     """
 
@@ -243,6 +246,8 @@ class AWAC(OfflineToOnline):
         offline_batch_size: int = 128,
         first_update_multiplier: int = 1,
         awac_lambda: float = 2.0,
+        on_fault: str = "raise",
+        max_abs_q: float = 1e8,
     ):
         super().__init__(
             policy,
@@ -275,6 +280,8 @@ class AWAC(OfflineToOnline):
         self.offline_batch_size = offline_batch_size
         self.first_update_multiplier = first_update_multiplier
         self.awac_lambda = awac_lambda
+        self.on_fault = on_fault
+        self.max_abs_q = max_abs_q
 
         if _init_setup_model:
             self._setup_model()
@@ -331,6 +338,14 @@ class AWAC(OfflineToOnline):
         # Optimize the critic
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
+        # Before the first step, so that a faulty minibatch changes nothing
+        q_values_and_loss = {
+            "target_q_values": target_q_values,
+            "current_q_values": current_q_values,
+            "critic_loss": critic_loss,
+        }
+        if self._has_fault(replay_data, n_policies, self.critic.optimizer, **q_values_and_loss):
+            return {}
         self.critic.optimizer.step()
 
         distribution = self.actor.distribution(obs, per_member)
@@ -353,6 +368,10 @@ class AWAC(OfflineToOnline):
         # Optimize the actor
         self.actor.optimizer.zero_grad()
         actor_loss.backward(inputs=trainable_parameters(self.actor))
+        if self._has_fault(
+            replay_data, n_policies, self.actor.optimizer, weights=weights, log_prob=log_prob, actor_loss=actor_loss
+        ):
+            return {}
         self.actor.optimizer.step()
 
         # Update target networks

@@ -388,6 +388,9 @@ class BCQ(OfflineToOnline):
     :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
     :param bcq_lambda: weight of the smaller Q-value in the target, in [0, 1]; the larger has the rest
     :param n_target_actions: number of generated actions over which the target takes the maximum
+    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
+        names the cause, ``"skip"`` leaves such steps and updates out and counts them
+    :param max_abs_q: Q-values beyond it count as exploding
     :raises ValueError: if an argument is out of its range or not supported
     """
 
@@ -434,6 +437,8 @@ class BCQ(OfflineToOnline):
         first_update_multiplier: int = 1,
         bcq_lambda: float = 0.75,
         n_target_actions: int = 10,
+        on_fault: str = "raise",
+        max_abs_q: float = 1e8,
     ):
         super().__init__(
             policy,
@@ -467,6 +472,8 @@ class BCQ(OfflineToOnline):
         self.first_update_multiplier = first_update_multiplier
         self.bcq_lambda = bcq_lambda
         self.n_target_actions = n_target_actions
+        self.on_fault = on_fault
+        self.max_abs_q = max_abs_q
 
         if _init_setup_model:
             self._setup_model()
@@ -515,6 +522,8 @@ class BCQ(OfflineToOnline):
         # Optimize the VAE
         self.vae.optimizer.zero_grad()
         vae_loss.backward()
+        if self._has_fault(replay_data, n_batches, self.vae.optimizer, vae_loss=vae_loss):
+            return {}
         self.vae.optimizer.step()
 
         with th.no_grad():
@@ -535,6 +544,13 @@ class BCQ(OfflineToOnline):
         # Optimize the critics
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
+        q_values_and_loss = {
+            "target_q_values": target_q_values,
+            "current_q_values": current_q_values,
+            "critic_loss": critic_loss,
+        }
+        if self._has_fault(replay_data, n_batches, self.critic.optimizer, **q_values_and_loss):
+            return {}
         self.critic.optimizer.step()
 
         # Compute actor loss: the first critic's value of a generated and perturbed action
@@ -547,6 +563,8 @@ class BCQ(OfflineToOnline):
         # Optimize the actor
         self.actor.optimizer.zero_grad()
         actor_loss.backward(inputs=trainable_parameters(self.actor))
+        if self._has_fault(replay_data, n_batches, self.actor.optimizer, q_values_pi=q_values_pi, actor_loss=actor_loss):
+            return {}
         self.actor.optimizer.step()
 
         # Update target networks

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_off2on.datasets import OfflineDataset, map_arrays
+from sb3_off2on.faults import check_step
 
 SCHEMES = ("balanced", "uniform", "online", "offline", "symmetric")
 # Rows that are copied to `buffer_device` together: images must not be gathered all at once
@@ -430,7 +431,12 @@ class BalancedReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """SB3's; the new rows get the default priority (Algorithm 2, line 11), whatever the rows they replace had."""
+        """
+        SB3's; the new rows get the default priority (Algorithm 2, line 11), whatever the rows they replace had.
+
+        :raises NumericalFault: if something is NaN, infinite or too large for float32; nothing is stored then
+        """
+        check_step(observations=obs, next_observations=next_obs, actions=action, rewards=reward)
         first = self.n_offline + self.pos * self.n_envs  # flat index, before ``pos`` moves on
         _storage(self.observation_space).add(self, obs, next_obs, action, reward, done, infos)
         if self._tree is not None:

@@ -3,12 +3,12 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
-from zipfile import BadZipFile
 
 import gymnasium as gym
 import h5py  # type: ignore[import-untyped]
@@ -99,6 +99,11 @@ class OfflineDataset:
             if column.shape not in ((n,), (n, 1)):
                 raise ValueError(f"{self.source}: {name} have shape {column.shape}, expected ({n},), one value a transition.")
             dtype = np.float32 if name == "rewards" else index_dtype if name.endswith("index") else np.bool_
+            _check_numeric(column, f"{self.source}: {name}")
+            if dtype is np.bool_ and not ((column == 0) | (column == 1)).all():
+                raise ValueError(
+                    f"{self.source}: {name} must be flags, 0 or 1, got {column[(column != 0) & (column != 1)][0]}."
+                )
             columns[name] = column.reshape(n).astype(dtype, copy=False)
         columns["truncations"] = columns["truncations"] & ~columns["terminations"]
         columns["truncations"][-1] = not columns["terminations"][-1]
@@ -114,6 +119,7 @@ class OfflineDataset:
         actions, low, high = np.asarray(self.actions), self.action_space.low, self.action_space.high
         if actions.shape != (n, *low.shape):
             raise ValueError(f"{self.source}: actions have shape {actions.shape}, expected {(n, *low.shape)}.")
+        _check_numeric(actions, f"{self.source}: actions")
         actions = actions.astype(np.float32, copy=False)
         _check_finite(actions, f"{self.source}: actions")
         # Rounding is forgiven; anything more is a wrong action space or a scaled action
@@ -230,14 +236,28 @@ class OfflineDataset:
 
     def make_env(self, **kwargs: Any) -> gym.Env:
         """
-        Make the environment that the data comes from.
+        Make the environment that the data comes from. What a file says about it is not trusted: the code is that which is
+        registered under its id, and wrappers are those of Gymnasium.
 
         :param kwargs: passed to ``gym.make``
-        :raises ValueError: if the dataset does not name its environment
+        :raises ValueError: if the dataset does not name its environment, or that would need other code
         """
         if self.env_spec is None:
             raise ValueError(f"{self.source} does not name its environment: make it yourself and pass it as env.")
-        return gym.make(self.env_spec, **kwargs)
+        registered = gym.registry.get(self.env_spec.id)
+        if registered is None:
+            raise ValueError(
+                f"{self.source}: its environment {self.env_spec.id} is not registered, and the entry point "
+                f"{self.env_spec.entry_point!r} that the dataset names could run any code. Import the package that registers "
+                "it, or make it yourself and pass it as env."
+            )
+        for wrapper in self.env_spec.additional_wrappers:
+            if not wrapper.entry_point.startswith("gymnasium.wrappers."):
+                raise ValueError(
+                    f"{self.source}: its environment has the wrapper {wrapper.entry_point!r}, which could run any code. "
+                    "Make the environment yourself and pass it as env."
+                )
+        return gym.make(replace(self.env_spec, entry_point=registered.entry_point), **kwargs)
 
     def for_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> "OfflineDataset":
         """
@@ -351,9 +371,16 @@ def _checked_frames(frames: Frames, space: Any, source: str, name: str = "observ
         if array.dtype != np.uint8:
             raise ValueError(f"{source}: {name} are {array.dtype}, expected uint8 as in {space}.")
         return array
-    array = array.astype(np.float32, copy=False)
+    _check_numeric(array, f"{source}: {name}")
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused
+        array = array.astype(np.float32, copy=False)
     _check_finite(array, f"{source}: {name}")
     return array
+
+
+def _check_numeric(array: np.ndarray, what: str) -> None:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} are of dtype {array.dtype}, expected numbers.")
 
 
 def _check_finite(array: np.ndarray, what: str) -> None:
@@ -417,11 +444,12 @@ def load_dataset(
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"Cannot load a dataset from a {type(source).__name__}. A source is {_SOURCES}.")
     path, name = Path(source), os.fspath(source)
-    if _is_file(path):
-        return _from_file(path, allow_pickle)
-    for folder in (path / "data", path):
-        if (folder / "metadata.json").is_file():
-            return _from_minari(minari.MinariDataset(folder), name, memory_map)
+    with _errors_name(name):
+        if _is_file(path):
+            return _from_file(path, allow_pickle)
+        for folder in (path / "data", path):
+            if (folder / "metadata.json").is_file():
+                return _from_minari(minari.MinariDataset(folder), name, memory_map)
     if isinstance(source, os.PathLike) or path.is_dir():
         raise ValueError(f"No Minari dataset in the folder {name}: it has no data/metadata.json.")
     try:
@@ -432,7 +460,23 @@ def load_dataset(
             f"No Minari dataset {name!r} in {get_dataset_path()} (there are: {known}). Download it with download=True or "
             f"`minari download {name}`. Apart from an id, a source is {_SOURCES}."
         ) from None
-    return _from_minari(dataset, name, memory_map)
+    with _errors_name(name):
+        return _from_minari(dataset, name, memory_map)
+
+
+@contextmanager
+def _errors_name(source: str) -> Iterator[None]:
+    """
+    Whatever the libraries below make of a broken file, an error that names it.
+
+    :param source: path or id
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and source in str(error):
+            raise
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}. The file may be damaged") from error
 
 
 def _is_file(source: str | os.PathLike[str]) -> bool:
@@ -503,17 +547,14 @@ def _from_file(path: Path, allow_pickle: bool) -> OfflineDataset:
 
 def _read_arrays(path: Path) -> tuple[dict[str, Any], str, list[str]]:
     """The arrays in a .npz or a D4RL file, its path, and the names of everything that is in it."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                present = list(file)
-                arrays: dict[str, Any] = dict(file)
-        else:
-            with h5py.File(path, "r") as file:
-                present = list(file)
-                arrays = {name: file[name][()] for name in {*_REQUIRED_FIELDS, *_OPTIONAL_FIELDS[:2], *_D4RL_NAMES} & {*file}}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            present = list(file)
+            arrays: dict[str, Any] = dict(file)
+    else:
+        with h5py.File(path, "r") as file:
+            present = list(file)
+            arrays = {name: file[name][()] for name in {*_REQUIRED_FIELDS, *_OPTIONAL_FIELDS[:2], *_D4RL_NAMES} & {*file}}
     for field in ("observations", "next_observations"):
         parts = {name: arrays.pop(name) for name in list(arrays) if name.startswith(f"{field}/")}
         if parts:
@@ -583,6 +624,8 @@ def _from_fields(arrays: Mapping[str, Any], source: str, present: Iterable[str] 
             f"{source}: actions of shape {actions.shape} and dtype {actions.dtype} are not continuous, "
             "expected floats of shape (n, *action_shape)."
         )
+    if any(np.ndim(part) == 0 for part in _parts(observations)):
+        raise ValueError(f"{source}: observations are a single value, expected shape (n, *obs_shape).")
     env_spec = fields.get("env_spec", fields.get("env_id"))
     if env_spec is not None and not isinstance(env_spec, EnvSpec):
         try:
@@ -599,8 +642,8 @@ def _from_fields(arrays: Mapping[str, Any], source: str, present: Iterable[str] 
         rewards=fields["rewards"],
         terminations=fields["terminations"],
         truncations=fields.get("truncations", np.zeros(len(rows), bool)),
-        observation_space=fields.get("observation_space") or _default_space(observations),
-        action_space=fields.get("action_space") or spaces.Box(-1.0, 1.0, actions.shape[1:], np.float32),
+        observation_space=fields.get("observation_space", _default_space(observations)),
+        action_space=fields.get("action_space", spaces.Box(-1.0, 1.0, actions.shape[1:], np.float32)),
         env_spec=env_spec,
         source=source,
     )

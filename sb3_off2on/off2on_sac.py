@@ -21,6 +21,7 @@ from sb3_off2on.policies import (
     EnsembleCQLPolicy,
     EnsembleCritic,
     EnsembleMultiInputPolicy,
+    check_layers,
     trainable_parameters,
 )
 
@@ -91,6 +92,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param priority_temperature: T of Eq. 6
     :param density_ratio_kwargs: arguments of ``DensityRatio`` (``net_arch``, ``activation_fn``, ``learning_rate``), and
         ``reference``: ``"offline"`` for d_on/d_off, ``"union"`` for the d_on/d_(off and on) of section E.1
+    :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
+        names the cause, ``"skip"`` leaves such steps and updates out and counts them
+    :param max_abs_q: Q-values beyond it count as exploding
     :raises ValueError: if an argument is out of its range or not supported
     """
 
@@ -157,6 +161,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         initial_online_fraction: float = 0.75,
         priority_temperature: float = 5.0,
         density_ratio_kwargs: dict[str, Any] | None = None,
+        on_fault: str = "raise",
+        max_abs_q: float = 1e8,
     ):
         replay_buffer_class = check_replay_arguments(replay_buffer_class, n_steps)
         if use_sde or use_sde_at_warmup or sde_sample_freq != -1:
@@ -215,6 +221,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.initial_online_fraction = initial_online_fraction
         self.priority_temperature = priority_temperature
         self.density_ratio_kwargs = density_ratio_kwargs or {}
+        self.on_fault = on_fault
+        self.max_abs_q = max_abs_q
         self.density_ratio: DensityRatio | None = None
         self.mc_returns: th.Tensor | None = None
 
@@ -242,6 +250,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         known = {"net_arch", "activation_fn", "learning_rate", "reference"}
         if not set(self.density_ratio_kwargs) <= known:
             raise ValueError(f"`density_ratio_kwargs` must be among {sorted(known)}, got {sorted(self.density_ratio_kwargs)}")
+        check_layers("density_ratio_kwargs['net_arch']", self.density_ratio_kwargs.get("net_arch"))
         reference = self.density_ratio_kwargs.get("reference", "offline")
         if reference not in ("offline", "union"):
             raise ValueError(f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {reference!r}")
@@ -323,8 +332,11 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         ensemble_size = self.policy.ensemble_size
         for _ in range(gradient_steps):
+            self._n_offline_updates += 1
             # Each member learns from a minibatch of its own: the first `batch_size` rows are member 0's
             replay_data = self.replay_buffer.sample_offline(ensemble_size * batch_size, env=self._vec_normalize_env)
+            if self._has_fault(replay_data, ensemble_size):
+                continue
             actions = replay_data.actions.view(ensemble_size, batch_size, -1)
             rewards = replay_data.rewards.view(ensemble_size, 1, batch_size)
             dones = replay_data.dones.view(ensemble_size, 1, batch_size)
@@ -337,9 +349,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 ent_coef = th.exp(self.offline_log_ent_coef.detach()).unsqueeze(1)  # (ensemble_size, 1)
                 entropy_gap = (log_prob + self.target_entropy).detach()
                 ent_coef_loss = -(self.offline_log_ent_coef.unsqueeze(1) * entropy_gap).mean(dim=1).sum()
-                self.offline_ent_coef_optimizer.zero_grad()
-                ent_coef_loss.backward()
-                self.offline_ent_coef_optimizer.step()
             else:
                 ent_coef = self.ent_coef_tensor
 
@@ -369,15 +378,34 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 cql_lagrange = th.exp(self.log_cql_lagrange).clamp(max=1e6)
                 cql_weight = self.cql_alpha * cql_lagrange.detach().unsqueeze(1)  # (ensemble_size, 1)
                 lagrange_loss = -(self.cql_alpha * cql_lagrange * excess).sum()
-                self.cql_lagrange_optimizer.zero_grad()
-                lagrange_loss.backward()
-                self.cql_lagrange_optimizer.step()
 
             # Sums over the members keep them independent: no gradient of one depends on another
             critic_loss = (td_loss + cql_weight * gap.mean(dim=2)).sum()
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
+            # Before the first step, so that a faulty minibatch changes nothing
+            if self._has_fault(
+                replay_data,
+                ensemble_size,
+                self.critic.optimizer,
+                log_prob=log_prob,
+                target_q_values=target_q_values,
+                current_q_values=current_q_values,
+                gap=gap,
+                critic_loss=critic_loss,
+            ):
+                continue
             self.critic.optimizer.step()
+
+            if self.ent_coef_optimizer is not None:
+                self.offline_ent_coef_optimizer.zero_grad()
+                ent_coef_loss.backward()
+                self.offline_ent_coef_optimizer.step()
+
+            if self.cql_target_action_gap is not None:
+                self.cql_lagrange_optimizer.zero_grad()
+                lagrange_loss.backward()
+                self.cql_lagrange_optimizer.step()
 
             # Min over each member's critics: (ensemble_size, batch_size)
             q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi, per_member=True)
@@ -385,9 +413,10 @@ class Off2OnSAC(OfflineToOnline, SAC):
             actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()
             self.actor.optimizer.zero_grad()
             actor_loss.backward(inputs=trainable_parameters(self.actor))
+            if self._has_fault(replay_data, ensemble_size, self.actor.optimizer, q_values_pi=min_qf_pi, actor_loss=actor_loss):
+                continue
             self.actor.optimizer.step()
 
-            self._n_offline_updates += 1
             if self._n_offline_updates % self.target_update_interval == 0:
                 polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
@@ -611,6 +640,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
             # Sample replay buffer (line 16)
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            if self._has_fault(replay_data):
+                continue
             offline_fractions.append(th.as_tensor(replay_data.indices < self.replay_buffer.n_offline).double().mean())
 
             # Action by the ensemble's policy (Eq. 5) for the sampled state
@@ -624,18 +655,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 ent_coef = th.exp(self.log_ent_coef.detach())
                 assert isinstance(self.target_entropy, float)
                 ent_coef_loss = -(self.log_ent_coef * (log_prob + self.target_entropy).detach()).mean()
-                ent_coef_losses.append(ent_coef_loss.detach())
             else:
                 ent_coef = self.ent_coef_tensor
-
-            ent_coefs.append(ent_coef)
-
-            # Optimize entropy coefficient, also called
-            # entropy temperature or alpha in the paper
-            if ent_coef_loss is not None and self.ent_coef_optimizer is not None:
-                self.ent_coef_optimizer.zero_grad()
-                ent_coef_loss.backward()
-                self.ent_coef_optimizer.step()
 
             with th.no_grad():
                 # One action of the ensemble's policy, judged by all members
@@ -662,24 +683,47 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Compute critic loss (line 17): the mean over the batch, the sum over all networks
             td_errors = current_q_values - target_q_values
             critic_loss = 0.5 * (td_errors.pow(2) + self.cql_alpha_online * gap).mean(dim=2).sum()
-            critic_losses.append(critic_loss.detach())
 
             # Optimize the critic
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
+            # Before the agent's first step, so that a faulty minibatch changes nothing
+            if self._has_fault(
+                replay_data,
+                1,
+                self.critic.optimizer,
+                log_prob=log_prob,
+                target_q_values=target_q_values,
+                current_q_values=current_q_values,
+                gap=gap,
+                critic_loss=critic_loss,
+            ):
+                continue
             self.critic.optimizer.step()
+            critic_losses.append(critic_loss.detach())
+            ent_coefs.append(ent_coef)
+
+            # Optimize entropy coefficient, also called
+            # entropy temperature or alpha in the paper
+            if ent_coef_loss is not None and self.ent_coef_optimizer is not None:
+                self.ent_coef_optimizer.zero_grad()
+                ent_coef_loss.backward()
+                self.ent_coef_optimizer.step()
+                ent_coef_losses.append(ent_coef_loss.detach())
 
             # Compute actor loss (line 18)
             # Min over each member's critic networks, mean over the members (Eq. 5)
             q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi)
             mean_qf_pi = q_values_pi.min(dim=1).values.mean(dim=0)  # (batch_size,)
             actor_loss = (ent_coef * log_prob - mean_qf_pi).mean()
-            actor_losses.append(actor_loss.detach())
 
             # Optimize the actor
             self.actor.optimizer.zero_grad()
             actor_loss.backward(inputs=trainable_parameters(self.actor))
+            if self._has_fault(replay_data, 1, self.actor.optimizer, q_values_pi=mean_qf_pi, actor_loss=actor_loss):
+                continue
             self.actor.optimizer.step()
+            actor_losses.append(actor_loss.detach())
 
             # Lines 19-22 of Algorithm 2
             if replay_is_balanced:
@@ -695,16 +739,23 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/qf_learning_rate", qf_learning_rate)
-        self.logger.record("train/ent_coef", th.stack(ent_coefs).mean().item())
-        self.logger.record("train/actor_loss", th.stack(actor_losses).mean().item())
-        self.logger.record("train/critic_loss", th.stack(critic_losses).mean().item())
-        if len(ent_coef_losses) > 0:
-            self.logger.record("train/ent_coef_loss", th.stack(ent_coef_losses).mean().item())
+        self._record_means("train/ent_coef", ent_coefs)
+        self._record_means("train/actor_loss", actor_losses)
+        self._record_means("train/critic_loss", critic_losses)
+        self._record_means("train/ent_coef_loss", ent_coef_losses)
         if len(density_ratio_losses) > 0:
-            self.logger.record("density_ratio/loss", th.stack(density_ratio_losses).mean().item())
+            self._record_means("density_ratio/loss", density_ratio_losses)
             self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
         if self.dataset is not None:
-            self.logger.record("replay/offline_fraction", th.stack(offline_fractions).mean().item())
+            self._record_means("replay/offline_fraction", offline_fractions)
+
+    def _record_means(self, name: str, values: list[th.Tensor]) -> None:
+        """
+        :param name: what to log
+        :param values: scalars, one for each update; none where there is nothing of the kind, or faults ended all updates
+        """
+        if len(values) > 0:
+            self.logger.record(name, th.stack(values).nanmean().item())
 
     def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, th.Tensor]:
         """
@@ -724,7 +775,10 @@ class Off2OnSAC(OfflineToOnline, SAC):
         loss = density_ratio_loss(ratio_online, ratio_reference)
         self.density_ratio.optimizer.zero_grad()
         loss.backward()
-        self.density_ratio.optimizer.step()
+        optimizer = self.density_ratio.optimizer
+        has_fault = self._has_fault(reference_data, density_ratio=ratio_reference)
+        if not has_fault and not self._has_fault(online_data, 1, optimizer, density_ratio=ratio_online, loss=loss):
+            optimizer.step()
         return reference_data, loss.detach()
 
     def _update_priorities(
@@ -741,6 +795,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
             ratio = self.density_ratio(replay_data.observations, replay_data.actions)
             ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
             priorities = density_ratio_priority(ratio, ratio_reference, self.priority_temperature)
+        if self._has_fault(replay_data, priorities=priorities):
+            return
         self.replay_buffer.update_priorities(replay_data.indices, priorities)
 
     def _online_q_values_and_gap(self, replay_data: BalancedReplayBufferSamples) -> tuple[th.Tensor, th.Tensor]:

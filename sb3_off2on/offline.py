@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -35,13 +35,20 @@ from sb3_off2on.checkpoint import (
     set_state,
     write_checkpoint,
 )
-from sb3_off2on.datasets import OfflineDataset, load_dataset
+from sb3_off2on.datasets import OfflineDataset, load_dataset, map_arrays
+from sb3_off2on.faults import LARGEST, NumericalFault, check_step, find_fault, flat, is_fine
 from sb3_off2on.policies import EnsembleCQLPolicy
+from sb3_off2on.workers import close_dead_workers, watched_workers
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
 # What trains, in the order in which it is called
 CALLS = ("learn_offline", "fit_fqe", "learn")
+# Steps of optimizers from one check to the next on an accelerator, which a check waits for
+ACCELERATOR_CHECK_INTERVAL = 100
+# Optimizers divide by small numbers: much larger ones overflow in float32
+MAX_LEARNING_RATE = 1e6
+MINIBATCH_FIELDS = ("observations", "actions", "rewards", "next_observations")
 
 
 class TensorReader(KVWriter):
@@ -79,6 +86,12 @@ class OfflineToOnline(OffPolicyAlgorithm):
     offline_batch_size: int
     first_update_multiplier: int
     replay_buffer: BalancedReplayBuffer | None
+    on_fault: str = "raise"
+    max_abs_q: float = 1e8
+    n_skipped_steps: int = 0
+    n_skipped_updates: int = 0
+    _n_checks: int = 0
+    _sound_normalization: Sequence[tuple[Any, dict[str, Any]]] = ()
     _n_offline_updates: int = 0
     _handed_over: bool = False
     _n_first_steps: int = 0
@@ -103,7 +116,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
 
         :param replay_data: ``batch_size`` rows, or ``ensemble_size * batch_size`` rows if ``per_member``
         :param per_member: whether the members are independent agents, each with rows of its own (those of member 0 first)
-        :return: what to log, as means over members and critics: tensors without dimensions, see ``TensorReader``
+        :return: what to log, as means over members and critics: tensors without dimensions, see ``TensorReader``; nothing if a
+            fault ended the update
         """
         raise NotImplementedError()
 
@@ -129,9 +143,11 @@ class OfflineToOnline(OffPolicyAlgorithm):
             # Each member learns from a minibatch of its own: the first `batch_size` rows are member 0's
             n_rows = self.policy.ensemble_size * batch_size
             replay_data = self.replay_buffer.sample_offline(n_rows, env=self._vec_normalize_env)
+            self._n_offline_updates += 1
+            if self._has_fault(replay_data, self.policy.ensemble_size):
+                continue
             for name, value in self._update(replay_data, per_member=True).items():
                 self.logger.record_mean(f"offline/{name}", value)  # type: ignore[arg-type]
-            self._n_offline_updates += 1
         self.logger.record("offline/learning_rate", learning_rate)
 
     def _hand_over(self) -> None:
@@ -153,6 +169,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         self._update_learning_rate(self._optimizers())
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            if self._has_fault(replay_data):
+                continue
             for name, value in self._update(replay_data, per_member=False).items():
                 self.logger.record_mean(f"train/{name}", value)  # type: ignore[arg-type]
             if self.dataset is not None:
@@ -194,8 +212,17 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if one is below it
         """
         for name, minimum in minima.items():
+            self._check_number(name)
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
+
+    def _check_number(self, name: str) -> None:
+        """
+        :param name: name of an argument
+        :raises TypeError: if it is not a number
+        """
+        if not isinstance(getattr(self, name), (int, float, np.number)):
+            raise TypeError(f"`{name}` must be a number, got {getattr(self, name)!r}")
 
     def _check_integers(self, *names: str) -> None:
         """
@@ -205,6 +232,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if one has a fraction
         """
         for name in names:
+            self._check_number(name)
             if not float(getattr(self, name)).is_integer():
                 raise ValueError(f"`{name}` must be an integer, got {getattr(self, name)}")
             setattr(self, name, int(getattr(self, name)))
@@ -222,9 +250,42 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 "estimate: choose 'uniform', 'online', 'offline' or 'symmetric', or use Off2OnSAC"
             )
 
+    def _check_common_arguments(self) -> None:
+        """
+        What SB3 does not check, or only asserts.
+
+        :raises TypeError: if an argument is not of the type that it must be
+        :raises ValueError: if it is out of its range
+        """
+        self._check_at_least(learning_starts=0, buffer_size=1, batch_size=1, gradient_steps=-1)
+        self._check_integers("offline_gradient_steps", "offline_batch_size", "learning_starts", "buffer_size", "batch_size")
+        self._check_integers("gradient_steps")
+        for name in ("gamma", "tau"):
+            self._check_number(name)
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}")
+        for name, rate in vars(self).items():
+            if not name.endswith("learning_rate") or callable(rate) or (rate is None and name == "qf_learning_rate"):
+                continue
+            self._check_number(name)
+            if not 0 <= rate <= MAX_LEARNING_RATE:
+                raise ValueError(f"`{name}` must be in [0, {MAX_LEARNING_RATE:g}], got {rate}")
+        freq = self.train_freq
+        frequency, unit = freq if isinstance(freq, tuple) and len(freq) == 2 else (freq, "step")
+        if (
+            not isinstance(frequency, (int, np.integer))
+            or frequency < 1
+            or unit not in (*TrainFrequencyUnit, "step", "episode")
+        ):
+            raise ValueError(f"`train_freq` must be a number of steps, or such as (1, 'episode'), at least 1, got {freq!r}")
+        if self.on_fault not in ("raise", "skip"):
+            raise ValueError(f"`on_fault` must be 'raise' or 'skip', got {self.on_fault!r}")
+        self._check_number("max_abs_q")
+        if not self.max_abs_q > 0:
+            raise ValueError(f"`max_abs_q` must be above 0, got {self.max_abs_q}: use math.inf for no limit")
+
     def _setup_model(self) -> None:
-        self._check_at_least(learning_starts=0)
-        self._check_integers("offline_gradient_steps", "offline_batch_size")
+        self._check_common_arguments()
         super()._setup_model()
         assert isinstance(self.train_freq, TrainFreq)
         # SB3 raises this after the first rollout, which counts steps here
@@ -233,6 +294,112 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 f"`train_freq=({self.train_freq.frequency}, 'episode')` needs a single environment, but there are "
                 f"{self.n_envs}: give `train_freq` in steps"
             )
+
+    # ------------------------------------------------------------------ numerical faults
+
+    def _has_fault(
+        self,
+        replay_data: BalancedReplayBufferSamples,
+        n_batches: int = 1,
+        optimizer: th.optim.Optimizer | None = None,
+        **tensors: th.Tensor,
+    ) -> bool:
+        """
+        Whether an update must not go on: to be asked about each minibatch, and again before each step of an optimizer. On the
+        CPU this looks each time, on an accelerator now and then.
+
+        :param replay_data: the minibatch
+        :param n_batches: of how many minibatches of equal size it consists, one behind the other
+        :param optimizer: the one that is about to step, whose gradients are looked at
+        :param tensors: the loss and what it came from, causes first, see ``find_fault``; those whose names end in ``q_values``
+            are held against ``max_abs_q``. Without, the minibatch is looked at
+        :return: True if the update is to be left out
+        :raises NumericalFault: if it is not to be left out
+        """
+        self._n_checks += 1
+        if self.device.type != "cpu" and self._n_checks % ACCELERATOR_CHECK_INTERVAL != 0:
+            return False
+        minibatch = flat({name: getattr(replay_data, name) for name in MINIBATCH_FIELDS})
+        if optimizer is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            tensors["gradient norm"] = th.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        limits = {name: self.max_abs_q for name in tensors if name.endswith("q_values")}
+        if all(is_fine(tensor, limits.get(name, LARGEST)) for name, tensor in (tensors or minibatch).items()):
+            return False
+        if self.on_fault == "skip":
+            self.n_skipped_updates += 1
+            return True
+        rows = th.as_tensor(replay_data.indices).cpu().numpy().reshape(n_batches, -1)
+        state = [(name, value) for name, value in vars(self).items() if isinstance(value, th.Tensor)]
+        for name, module in vars(self).items():
+            if isinstance(module, th.nn.Module) and module is not self.policy:  # whose parts have names of their own
+                state += [(f"{name}.{key}", value) for key, value in module.state_dict().items()]
+        fault = find_fault(rows, minibatch, state, tensors, limits)
+        raise NumericalFault(
+            f"The update at num_timesteps={self.num_timesteps} was not made: {fault}. Or set `on_fault='skip'` to go on "
+            "without such updates"
+        )
+
+    def _normalization(self) -> list[tuple[Any, dict[str, Any]]]:
+        """:return: what ``VecNormalize`` changes with each step, and its values. It replaces them, so no copy is needed"""
+        env = self._vec_normalize_env
+        if env is None:
+            return []
+        obs_rms = getattr(env, "obs_rms", None)
+        statistics = [*obs_rms.values()] if isinstance(obs_rms, dict) else [obs_rms] if obs_rms is not None else []
+        named = [(part, ("mean", "var", "count")) for part in (*statistics, env.ret_rms)]
+        return [(part, {name: getattr(part, name) for name in names}) for part, names in [*named, (env, ("returns",))]]
+
+    def _undo_step(self) -> None:
+        """Take a faulty step out of ``VecNormalize``'s statistics, which would never be finite again."""
+        for part, values in self._sound_normalization:
+            vars(part).update(values)
+        self._last_obs = None  # the next learn() resets the environments
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """SB3's. Where faulty steps are left out, zeros stand in for what is not finite: what comes of it is not stored."""
+        observations: Any = self._last_obs
+        if self.on_fault == "skip":
+            self._last_obs = map_arrays(lambda part: np.where(np.isfinite(part), part, 0).astype(part.dtype), observations)
+            actions = super()._sample_action(learning_starts, action_noise, n_envs)
+            self._last_obs = observations
+            return actions
+        try:
+            check_step(observations=observations)
+        except NumericalFault:
+            self._undo_step()
+            raise
+        return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    def _store_transition(
+        self,
+        replay_buffer: Any,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """SB3's, but what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics."""
+        env = self._vec_normalize_env
+        original_obs = new_obs if env is None else env.get_original_obs()
+        try:
+            check_step(new_observations=original_obs)
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        except NumericalFault:
+            self._undo_step()
+            if self.on_fault == "raise":
+                raise
+            # A row of the ring holds a step of all environments, so all of them are left out
+            self.n_skipped_steps += len(dones)
+            self._last_obs, self._last_original_obs = original_obs, original_obs
+            if env is not None:
+                self._last_obs = env.normalize_obs(original_obs)
+        self._sound_normalization = self._normalization()
+        # As SB3's on-policy algorithms do
+        self._last_episode_starts = dones
 
     # ------------------------------------------------------------------ the dataset
 
@@ -695,7 +862,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         :raises ValueError: if the model was trained with a dataset that is not attached
         """
         self._prepare_dataset()
-        with self._hooks(callback):
+        with self._hooks(callback), watched_workers(self.env):
             interrupted, start = self._to_complete or (None, 0)
             offline_start = start if interrupted == "learn_offline" else self._n_offline_updates
             gradient_steps = self.offline_gradient_steps - offline_start
@@ -744,6 +911,8 @@ class OfflineToOnline(OffPolicyAlgorithm):
         SB3's, but pretrained agents play from the first step on (SB3 would play random actions before ``learning_starts``),
         and with them or a dataset the first rollout ends at ``learning_starts`` environment steps (or the next multiple of
         ``n_envs``).
+
+        :raises RuntimeError: if the worker of an environment died; its ``SubprocVecEnv`` is closed then
         """
         self._between_steps()
         if replay_buffer.n_online == 0:  # a model that was saved in its first rollout, without its rows
@@ -764,6 +933,15 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 learning_starts=0 if self.pretrained else learning_starts,
                 log_interval=log_interval,
             )
+        except (EOFError, ConnectionError) as error:
+            dead_workers = close_dead_workers(env)
+            if not dead_workers:
+                raise
+            self._last_obs = None
+            raise RuntimeError(
+                f"The worker of environment {' and '.join(dead_workers)}. What it printed tells why. The model is as it was "
+                "after the last complete step: it can be saved, and set_env() gives it new environments"
+            ) from error
         finally:
             self._in_rollout = False
         # SB3's learn() trains once `num_timesteps > learning_starts`, strictly, and after a reset of the counter anew. With
@@ -774,19 +952,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if sb3_waits and is_due and rollout.continue_training and gradient_steps > 0:
             self.train(gradient_steps, self.batch_size)
         return rollout
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        # As SB3's on-policy algorithms do
-        self._last_episode_starts = dones
 
     def _on_step(self) -> None:
         self._n_first_steps += self.n_envs
@@ -811,6 +976,7 @@ class OfflineToOnline(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._sound_normalization = self._normalization()
         is_custom_logger = self._custom_logger
         if not is_custom_logger:
             self._setup_logger(reset_num_timesteps, tb_log_name)
@@ -866,10 +1032,15 @@ class OfflineToOnline(OffPolicyAlgorithm):
             assert self.dataset is not None
             mean_return = safe_mean([ep_info["r"] for ep_info in self.ep_info_buffer])
             self.logger.record("rollout/normalized_score", self.dataset.normalized_score(mean_return))
+        if self.n_skipped_steps > 0:
+            self.logger.record("rollout/n_skipped_steps", self.n_skipped_steps)
+        if self.n_skipped_updates > 0:
+            self.logger.record("train/n_skipped_updates", self.n_skipped_updates)
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + self._dataset_params + ["_callback", "_session"]
+        not_saved = ["_callback", "_session", "_sound_normalization"]
+        return [*super()._excluded_save_params(), *self._dataset_params, *not_saved]
 
 
 def check_replay_arguments(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> type[BalancedReplayBuffer]:

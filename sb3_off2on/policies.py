@@ -157,6 +157,17 @@ def pad_columns(x: th.Tensor) -> th.Tensor:
     return nn.functional.pad(x, (0, missing)) if missing else x
 
 
+def check_layers(name: str, layers: Any) -> None:
+    """
+    :param name: of the argument
+    :param layers: sizes of the hidden layers, ``None`` for the default
+    :raises ValueError: if they are not integers of at least 1
+    """
+    is_list = isinstance(layers, (list, tuple))
+    if layers is not None and not (is_list and all(isinstance(size, int) and size >= 1 for size in layers)):
+        raise ValueError(f"`{name}` must be a list of integers of at least 1, or a dict of such for pi and qf, got {layers!r}")
+
+
 def member_features(network: BaseModel, obs: PyTorchObs, ensemble_size: int, per_member: bool) -> th.Tensor:
     """
     Features of the observations for every member, SB3's ``extract_features`` with a member axis.
@@ -425,6 +436,9 @@ class EnsembleCQLPolicy(SACPolicy):
         n_critics = kwargs.get("n_critics", 2)
         if isinstance(n_critics, bool) or not isinstance(n_critics, int) or n_critics < 1:
             raise ValueError(f"`n_critics` must be an integer of at least 1, got {n_critics!r}")
+        net_arch = kwargs.get("net_arch")
+        for layers in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
+            check_layers("net_arch", layers)
         if kwargs.get("use_sde", False):
             raise ValueError(
                 "`use_sde=True` is not supported: the ensemble acts with the Gaussian that matches the moments of its members "

@@ -246,8 +246,8 @@ def write_minari(folder: Path) -> Path:
 def write_pickle(rng: np.random.Generator, folder: Path) -> Path:
     buffer = ReplayBuffer(N_ROWS, spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), device="cpu")
     for _ in range(N_ROWS):
-        obs = rng.uniform(-1, 1, (2, 1, 3))
-        buffer.add(*obs, rng.uniform(-1, 1, (1, 1)), np.zeros(1), np.zeros(1), [{}])
+        obs, next_obs = rng.uniform(-1, 1, (2, 1, 3))
+        buffer.add(obs, next_obs, rng.uniform(-1, 1, (1, 1)), np.zeros(1), np.zeros(1), [{}])
     path = folder / "data.pkl"
     path.write_bytes(pickle.dumps(buffer))
     return path
@@ -548,7 +548,8 @@ def feed(n_cases: int, seed: int, kinds: list[str] | None = None) -> Iterator[tu
     with tempfile.TemporaryDirectory() as parent, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in kinds or KINDS:
-            n_refused, n_harmless, crashes = 0, 0, []
+            n_refused, n_harmless = 0, 0
+            crashes: list[BaseException] = []
             for number in range(n_cases):
                 folder = Path(parent) / "case"
                 folder.mkdir()

@@ -163,8 +163,9 @@ class TestExactResume:
         loaded._to_complete = None  # the second call was another one
         loaded.learn(20, reset_num_timesteps=False)
         assert_same(everything(loaded), everything(model))
-        for each in (model, loaded):
-            each.env.close()
+        for each in (model.env, loaded.env):
+            assert each is not None
+            each.close()
 
     def test_offline_phase_of_learn(self, tmp_path: Path, dataset: Any) -> None:
         """``learn()`` of a model with ``offline_gradient_steps`` is one call of two phases."""
@@ -183,7 +184,8 @@ class TestExactResume:
 
     def test_before_the_first_step(self, tmp_path: Path, dataset: Any) -> None:
         """The first reset is yet to come, in the run that goes on and in the one that is resumed."""
-        for name, kwargs in {"seed": {}, "no seed": {"seed": None}}.items():
+        cases: dict[str, dict[str, Any]] = {"seed": {}, "no seed": {"seed": None}}
+        for name, kwargs in cases.items():
             model = make(**kwargs)
             model.save_checkpoint(tmp_path / name)
             expected = everything(model.learn(20))
@@ -345,7 +347,7 @@ class TestSession:
         assert other.n_calls == 30
         assert other.evaluations_timesteps == [*callback.evaluations_timesteps, 3 + 28]
         assert other.best_mean_reward >= callback.best_mean_reward
-        assert list(loaded.ep_info_buffer)[:5] == list(model.ep_info_buffer)
+        assert [*(loaded.ep_info_buffer or [])][:5] == [*(model.ep_info_buffer or [])]
 
         loaded = Off2OnSAC.load_checkpoint(tmp_path / "run", Timed(), dataset)
         with pytest.warns(UserWarning, match=r"Nothing to do"):

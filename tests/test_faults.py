@@ -148,28 +148,29 @@ class TestEnvironment:
                 model.learn(60)
         model.learn(60, reset_num_timesteps=False)
         assert (model.n_skipped_steps > 0) == (on_fault == "skip")
-        for values in (env.obs_rms.mean, env.obs_rms.var, env.ret_rms.var, env.returns):  # type: ignore[union-attr]
+        statistics: Any = env.obs_rms
+        for values in (statistics.mean, statistics.var, env.ret_rms.var, env.returns):
             assert np.isfinite(values).all()
         assert np.isfinite(model.replay_buffer.observations).all()
 
     def test_no_trace_without_faults(self) -> None:
         """Skipping changes nothing where nothing is wrong."""
-        states = []
+        states: list[Any] = []
         for on_fault in ("raise", "skip"):
             model = small_model(VecNormalize(make_vec_env(TinyEnv, 2)), dataset=make_dataset(env=TinyEnv()), on_fault=on_fault)
             model.learn(20)
             states.append(state_of(model))
-        assert_same(*states)
+        assert_same(states[0], states[1])
 
     @pytest.mark.parametrize("name", ["observations", "next_observations", "actions", "rewards"])
     def test_the_buffer_takes_none(self, name: str) -> None:
         """Whoever adds: nothing is stored then. What float64 can hold and float32 cannot is infinite for the networks."""
         buffer = BalancedReplayBuffer(10, spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), n_envs=2)
-        row = {"observations": np.zeros((2, 3)), "next_observations": np.zeros((2, 3))}
+        row: dict[str, Any] = {"observations": np.zeros((2, 3)), "next_observations": np.zeros((2, 3))}
         row |= {"actions": np.zeros((2, 2)), "rewards": np.zeros(2)}
         row[name][1] = 1e39
         with pytest.raises(NumericalFault, match=rf"`{name}` of environment 1 hold 1e\+39"):
-            buffer.add(*row.values(), np.zeros(2), [{}, {}])  # type: ignore[arg-type]
+            buffer.add(*[*row.values(), np.zeros(2), [{}, {}]])
         assert (buffer.pos, buffer._tree.total) == (0, 0)
 
     def test_integers_are_finite(self) -> None:

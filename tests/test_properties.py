@@ -55,12 +55,10 @@ def datasets(draw: st.DrawFn) -> dict[str, Any]:
     observations = {"one": frames(), "two": frames()} if has_parts else frames()
     next_observations = {"one": frames(), "two": frames()} if has_parts else frames()
     if draw(st.booleans()):  # a next observation is that of the next row inside of an episode
-        parts = (
-            zip(observations.values(), next_observations.values(), strict=True)
-            if has_parts
-            else [(observations, next_observations)]
-        )  # type: ignore[union-attr]
-        for one, after in parts:
+        pairs: Any = [(observations, next_observations)]
+        if has_parts:
+            pairs = zip(observations.values(), next_observations.values(), strict=True)
+        for one, after in pairs:
             after[:-1][~ends[:-1]] = one[1:][~ends[:-1]]
     column = (n, 1) if draw(st.booleans()) else (n,)
     return {
@@ -173,13 +171,13 @@ def test_the_buffer_against_a_simple_model(
     for operation, value in operations:
         known = sorted(model.priorities)
         if operation.startswith("add"):
-            row = (np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1)), np.array([value]), np.zeros(1), [{}])
+            row: Any = (np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1)), np.array([value]), np.zeros(1), [{}])
             if operation == "add":
-                buffer.add(*row)  # type: ignore[arg-type]
+                buffer.add(*row)
                 model.add(value)
             else:
                 with pytest.raises(NumericalFault, match=r"`rewards` of environment 0"):
-                    buffer.add(*row)  # type: ignore[arg-type]
+                    buffer.add(*row)
         elif operation == "sample" and sum(model.priorities.values()) > 0:
             batch = buffer.sample(value)
             expected = [model.rows[index - n_offline] if index >= n_offline else 0.0 for index in batch.indices]
@@ -212,7 +210,7 @@ def test_the_buffer_against_a_simple_model(
         assert buffer.n_online == len(model.rows)
 
 
-NUMBERS = st.one_of(
+NUMBERS: Any = st.one_of(
     st.integers(-2, 6), st.floats(-2, 2), st.sampled_from([np.nan, np.inf, 1e30, 0, None, "auto", "text", [], True])
 )
 ARGUMENTS = {

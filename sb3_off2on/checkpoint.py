@@ -112,6 +112,8 @@ def encode(value: Any, path: str, tensors: dict[str, th.Tensor], arrays: dict[st
         if all(type(key) is str and not key.startswith("__") for key in value):
             return {key: inner(part, key) for key, part in value.items()}
         return {"__items__": [[inner(key, "key"), inner(part, key)] for key, part in value.items()]}
+    if isinstance(value, type) and issubclass(value, np.number):
+        return {"__dtype__": np.dtype(value).str}
     kind = value if isinstance(value, type) else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(value, type) and _find_class(name) is value:
@@ -144,6 +146,8 @@ def decode(value: Any, tensors: dict[str, th.Tensor], read_array: Callable[[str]
             return read_array(name)
         case {"__number__": number, "dtype": dtype}:
             return np.dtype(dtype).type(number)
+        case {"__dtype__": name}:
+            return np.dtype(name).type
         case {"__tuple__": parts}:
             return tuple(inner(parts))
         case {"__items__": items}:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Timed(TinyEnv):
 
 def arguments(cls: Any = Off2OnSAC, **kwargs: Any) -> dict[str, Any]:
     """Rollouts of one episode; the first of two."""
-    own = small_kwargs(learning_starts=2 * EPISODE, train_freq=EPISODE, gradient_steps=2, buffer_size=30, **kwargs)
+    rollouts = {"learning_starts": 2 * EPISODE, "train_freq": EPISODE, "gradient_steps": 2, "buffer_size": 30}
+    own = small_kwargs(**{**rollouts, **kwargs})
     if not issubclass(cls, Off2OnSAC):
         for name in ("cql_n_actions", "density_ratio_kwargs"):
             own.pop(name)
@@ -195,11 +196,12 @@ class TestExactResume:
 
     def test_checkpoints_change_nothing_offline(self, tmp_path: Path, dataset: Any) -> None:
         """And online only the seed of the episode after each: in the first rollout there is none."""
-        models = [make().learn_offline(dataset, 5), make()]
-        models[1].learn_offline(dataset, 5, callback=ResumableCheckpointCallback(tmp_path, 1))
-        for model in models:
-            model.learn(2 * EPISODE)
-        assert_same(everything(models[0]), everything(models[1]))
+        states = [
+            everything(make().learn_offline(dataset, 5, callback=callback).learn(2 * EPISODE))
+            for callback in (None, ResumableCheckpointCallback(tmp_path, 1))
+        ]
+        assert len(find_checkpoints(tmp_path)) == 2
+        assert_same(states[0], states[1])
 
     def test_seeds_of_episodes(self, tmp_path: Path) -> None:
         """Between two checkpoints without a step there is no reset, and two at the same random numbers have other seeds."""
@@ -234,10 +236,8 @@ class TestExactResume:
                 self.model.save_checkpoint(tmp_path)  # type: ignore[attr-defined]
                 return True
 
-        models = [make().learn_offline(dataset, 3), make().learn_offline(dataset, 3)]
-        models[0].learn(20)
-        models[1].learn(20, callback=Save())
-        assert_same(everything(models[0]), everything(models[1]))
+        states = [everything(make().learn_offline(dataset, 3).learn(20, callback=callback)) for callback in (None, Save())]
+        assert_same(states[0], states[1])
         assert read_checkpoint(find_checkpoints(tmp_path)[0])["replay"]["pos"] == 19
 
     def test_waits_for_the_end_of_the_episode(self, tmp_path: Path, dataset: Any) -> None:
@@ -757,6 +757,13 @@ class Raise(BaseCallback):
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def ctrl_c_is_heard(self) -> Iterator[None]:
+        """Also where the tests were started in the background."""
+        old = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, old)
+
     def test_ctrl_c(self, tmp_path: Path, dataset: Any, capsys: pytest.CaptureFixture[str]) -> None:
         """Offline, the resumed run ends as one that nobody interrupted."""
         callback = ResumableCheckpointCallback(tmp_path, 100, resume="auto", verbose=1)

@@ -6,16 +6,13 @@ metadata (JSON): reading it never unpickles. It is complete or not there at all,
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +21,6 @@ import torch as th
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.save_util import recursive_getattr
-from stable_baselines3.common.type_aliases import TrainFreq
 from torch import nn
 
 FORMAT = 1
@@ -45,36 +39,6 @@ _OBJECTS = {
     "sb3_off2on.callbacks.ScaledSchedule",
     "rl_zoo3.utils.SimpleLinearSchedule",
 }
-_COUNTERS = (
-    "num_timesteps",
-    "_total_timesteps",
-    "_current_progress_remaining",
-    "_episode_num",
-    "_n_updates",
-    "_n_offline_updates",
-    "_n_fqe_updates",
-    "_n_first_steps",
-    "pretrained",
-    "_handed_over",
-    "_call",
-    "_tb_log_name",
-)
-# Not the algorithm's: they may differ in the run that goes on
-_FREE_ARGUMENTS = ("verbose", "tensorboard_log", "seed", "stats_window_size", "action_noise")
-# What SB3's callbacks count and gather
-_CALLBACK_STATE = (
-    "n_calls",
-    "last_time_trigger",
-    "no_improvement_evals",
-    "last_best_mean_reward",
-    "best_mean_reward",
-    "last_mean_reward",
-    "evaluations_timesteps",
-    "evaluations_results",
-    "evaluations_length",
-    "evaluations_successes",
-)
-
 # ---------------------------------------------------------------------- nested values <-> JSON, tensors and arrays
 
 
@@ -334,203 +298,3 @@ def read_newest(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] |
     if damages:
         raise damages[0]
     return None
-
-
-# ---------------------------------------------------------------------- the state of a model
-
-
-def iterate_callbacks(callback: Any) -> Iterator[BaseCallback]:
-    """
-    :param callback: what SB3 takes as ``callback``
-    :return: it and all below it, always in the same order
-    """
-    if isinstance(callback, BaseCallback):
-        yield callback
-    children = [*callback] if isinstance(callback, list) else [*getattr(callback, "callbacks", [])]
-    children += [getattr(callback, name, None) for name in ("callback", "callback_on_new_best")]
-    for child in children:
-        if child is not None:
-            yield from iterate_callbacks(child)
-
-
-def get_arguments(model: Any) -> dict[str, Any]:
-    """
-    :param model: an SB3 model, whose attributes have the names of its constructor's arguments
-    :return: those arguments, but for what belongs to a machine or has its own place: environment, device, dataset
-    """
-    names: dict[str, None] = {}
-    for base in type(model).__mro__:
-        if "__init__" in vars(base):
-            parameters = signature(vars(base)["__init__"]).parameters.values()
-            names |= {p.name: None for p in parameters if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
-            if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
-                break
-    attributes = {"policy": "policy_class", "stats_window_size": "_stats_window_size"}
-    arguments = {name: getattr(model, attributes.get(name, name), ...) for name in names}
-    for name in ("self", "env", "device", "dataset", "_init_setup_model"):
-        arguments.pop(name, None)
-    if isinstance(train_freq := arguments.get("train_freq"), TrainFreq):
-        arguments["train_freq"] = (train_freq.frequency, train_freq.unit.value)
-    return arguments
-
-
-def _encodable(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """:return: the arguments that a checkpoint can hold, and why it cannot hold the others"""
-    held, others = {}, {}
-    for name, value in arguments.items():
-        try:
-            encode(value, name, {}, {})
-            held[name] = value
-        except TypeError as error:
-            others[name] = str(error)
-    return held, others
-
-
-def _optional_variables(model: Any) -> dict[str, th.Tensor]:
-    return {name: recursive_getattr(model, name) for name in model._get_torch_save_params()[1]}
-
-
-def get_state(model: Any, env_seed: int) -> dict[str, Any]:
-    """
-    All that the next update depends on. Tensors and arrays are the model's own, not copies.
-
-    :param model: an ``OfflineToOnline``
-    :param env_seed: seed from which its environment starts the next episodes
-    :return: what ``encode()`` takes
-    """
-    held, needed = _encodable(get_arguments(model))
-    return {
-        "algorithm": type(model).__name__,
-        "spaces": [str(model.observation_space), str(model.action_space)],
-        "n_envs": model.n_envs,
-        "arguments": held,
-        "needed": needed,
-        "dataset": model.dataset_info,
-        "parameters": model.get_parameters(),
-        "variables": {name: recursive_getattr(model, name) for name in model._get_torch_save_params()[1]},
-        "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
-        "ep_info_buffer": [_encodable(ep_info)[0] for ep_info in model.ep_info_buffer or []],
-        "ep_success_buffer": [*(model.ep_success_buffer or [])],
-        "replay": model.replay_buffer.get_state(),
-        "env_seed": env_seed,
-        "vec_normalize": _statistics(model),
-        "random": _get_random_states(model),
-        "session": _get_session(model),
-    }
-
-
-def check_state(model: Any, state: dict[str, Any], changed: Collection[str] = ()) -> None:
-    """
-    :param model: to be filled
-    :param state: what is read
-    :param changed: names of arguments that are meant to differ
-    :raises ValueError: if the state is not one of this model, with what differs; nothing is done to the model
-    """
-    own, _ = _encodable(get_arguments(model))
-    pairs = {
-        "the algorithm": (state["algorithm"], type(model).__name__),
-        "the observation space": (state["spaces"][0], str(model.observation_space)),
-        "the action space": (state["spaces"][1], str(model.action_space)),
-        "the number of environments": (state["n_envs"], model.n_envs),
-        "the dataset's fingerprint": tuple(info and info["fingerprint"] for info in (state["dataset"], model.dataset_info)),
-        "the statistics of VecNormalize": ([*state["vec_normalize"]], [*_statistics(model)]),
-    }
-    for name, value in own.items():
-        if name in state["arguments"] and name not in (*_FREE_ARGUMENTS, *changed):
-            pairs[f"`{name}`"] = tuple(encode(x, name, {}, {}) for x in (state["arguments"][name], value))
-    for name, (expected, got) in pairs.items():
-        if expected != got:
-            raise ValueError(
-                f"The checkpoint is of another model: {name} differs, {expected} there and {got} here. Make this model alike, "
-                "choose another folder, or change arguments with `load_checkpoint(folder, env, name=value)`"
-            )
-    shapes = [
-        {name: tensor.shape for name, tensor in parameters["policy"].items()}
-        for parameters in (state["parameters"], model.get_parameters())
-    ]
-    if shapes[0] != shapes[1]:
-        names = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-        raise ValueError(f"The checkpoint is of another model: {names[0]!r} in its policy is another one, see `policy_kwargs`")
-
-
-def set_state(model: Any, state: dict[str, Any]) -> None:
-    """
-    Fill a model that ``check_state()`` has passed, with its dataset attached.
-
-    :param model: an ``OfflineToOnline``; its environment starts new episodes
-    :param state: what was read
-    """
-    model.replay_buffer.set_state(state["replay"])
-    model.set_parameters(state["parameters"])
-    for name, value in state["variables"].items():
-        # In place, because an optimizer holds the variable
-        recursive_getattr(model, name).data = value.to(model.device)
-    for name, value in state["counters"].items():
-        setattr(model, name, value)
-    for name in ("ep_info_buffer", "ep_success_buffer"):
-        setattr(model, name, deque(state[name], maxlen=model._stats_window_size))
-    for name, attributes in _statistics(model).items():
-        attributes.update(state["vec_normalize"][name])
-    model._start_episodes(state["env_seed"], update_statistics=False)
-    model._session = state["session"]
-    # Last, as all of the above may draw
-    _set_random_states(model, state["random"])
-
-
-def _statistics(model: Any) -> dict[str, dict[str, Any]]:
-    """:return: the attributes of ``VecNormalize``'s running means by name, to read and to write; none without it"""
-    env = model.get_vec_normalize_env()
-    if env is None:
-        return {}
-    obs_rms = getattr(env, "obs_rms", {})
-    parts = obs_rms if isinstance(obs_rms, dict) else {"": obs_rms}
-    return {"rewards": vars(env.ret_rms), **{f"observations {key}".strip(): vars(part) for key, part in parts.items()}}
-
-
-def _get_random_states(model: Any) -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": th.get_rng_state(),
-        "cuda": th.cuda.get_rng_state_all() if th.cuda.is_available() else [],
-        "action_space": model.action_space.np_random.bit_generator.state,
-    }
-
-
-def _set_random_states(model: Any, states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    th.set_rng_state(states["torch"])
-    if th.cuda.is_available() and len(states["cuda"]) == th.cuda.device_count():
-        th.cuda.set_rng_state_all(states["cuda"])
-    model.action_space.np_random.bit_generator.state = states["action_space"]
-
-
-def _get_session(model: Any) -> dict[str, Any]:
-    """:return: the state of what a call of ``learn()`` sets up around the model: logger and callbacks"""
-    logger = getattr(model, "_logger", None)
-    log = {}
-    if logger is not None:
-        names = logger.name_to_value
-        log = {name: (names[name], logger.name_to_count.get(name, 0), logger.name_to_excluded[name]) for name in names}
-    callbacks = [
-        (type(callback).__name__, {name: vars(callback)[name] for name in _CALLBACK_STATE if name in vars(callback)})
-        for callback in iterate_callbacks(model._callback)
-    ]
-    folder = None if logger is None or logger.dir is None else Path(logger.dir).name
-    return {"log_folder": folder, "log": _encodable(log)[0], "callbacks": callbacks}
-
-
-def set_session(model: Any, session: dict[str, Any], callback: BaseCallback) -> None:
-    """
-    :param model: whose logger and callbacks are set up
-    :param session: what ``get_state()`` held of them
-    :param callback: all of them; those that are of another kind than before stay as they are
-    """
-    for name, (value, count, excluded) in session["log"].items():
-        model.logger.name_to_value[name] = value.to(model.device) if isinstance(value, th.Tensor) else value
-        model.logger.name_to_count[name] = count
-        model.logger.name_to_excluded[name] = excluded
-    for child, (name, attributes) in zip(iterate_callbacks(callback), session["callbacks"], strict=False):
-        if type(child).__name__ == name:
-            vars(child).update(attributes)

@@ -3,11 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -18,7 +16,6 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, configure
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
@@ -26,29 +23,18 @@ from stable_baselines3.common.utils import configure_logger, safe_mean, update_l
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples
-from sb3_off2on.checkpoint import (
-    check_state,
-    get_state,
-    iterate_callbacks,
-    read_newest,
-    set_session,
-    set_state,
-    write_checkpoint,
-)
-from sb3_off2on.datasets import OfflineDataset, load_dataset, map_arrays
-from sb3_off2on.faults import LARGEST, NumericalFault, check_step, find_fault, flat, is_fine
+from sb3_off2on.datasets import OfflineDataset, load_dataset
+from sb3_off2on.guard import Guarded
 from sb3_off2on.policies import EnsembleCQLPolicy
+from sb3_off2on.resume import Resumable, set_session
 from sb3_off2on.workers import close_dead_workers, watched_workers
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
 # What trains, in the order in which it is called
 CALLS = ("learn_offline", "fit_fqe", "learn")
-# Steps of optimizers from one check to the next on an accelerator, which a check waits for
-ACCELERATOR_CHECK_INTERVAL = 100
 # Optimizers divide by small numbers: much larger ones overflow in float32
 MAX_LEARNING_RATE = 1e6
-MINIBATCH_FIELDS = ("observations", "actions", "rewards", "next_observations")
 
 
 class TensorReader(KVWriter):
@@ -66,7 +52,7 @@ class TensorReader(KVWriter):
         """Nothing is open."""
 
 
-class OfflineToOnline(OffPolicyAlgorithm):
+class OfflineToOnline(Resumable, Guarded):
     """
     Mixin that puts an offline phase before an SB3 off-policy algorithm's ``learn()``. The algorithm brings
     ``train_offline()``, its own ``train()``, and ``_hand_over()``; or, where both phases do the same, ``_update()`` and
@@ -86,26 +72,10 @@ class OfflineToOnline(OffPolicyAlgorithm):
     offline_batch_size: int
     first_update_multiplier: int
     replay_buffer: BalancedReplayBuffer | None
-    on_fault: str = "raise"
-    max_abs_q: float = 1e8
-    n_skipped_steps: int = 0
-    n_skipped_updates: int = 0
-    _n_checks: int = 0
-    _sound_normalization: Sequence[tuple[Any, dict[str, Any]]] = ()
     _n_offline_updates: int = 0
     _handed_over: bool = False
     _n_first_steps: int = 0
     _tb_log_name: str | None = None
-    # The last call of learn() or learn_offline() and the counter at its start; and the one that a checkpoint interrupted
-    _call: tuple[str, int] | None = None
-    _to_complete: tuple[str, int] | None = None
-    # What a checkpoint holds of the logger and the callbacks, until there are some
-    _session: dict[str, Any] | None = None
-    _callback: BaseCallback | None = None
-    # The seed of the environment's last reset, as long as no step was taken since
-    _env_seed: int | None = None
-    _in_rollout: bool = False
-
     _dataset_params: ClassVar[list[str]] = ["dataset"]
 
     # ------------------------------------------------------------------ what the algorithm brings
@@ -295,112 +265,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
                 f"{self.n_envs}: give `train_freq` in steps"
             )
 
-    # ------------------------------------------------------------------ numerical faults
-
-    def _has_fault(
-        self,
-        replay_data: BalancedReplayBufferSamples,
-        n_batches: int = 1,
-        optimizer: th.optim.Optimizer | None = None,
-        **tensors: th.Tensor,
-    ) -> bool:
-        """
-        Whether an update must not go on: to be asked about each minibatch, and again before each step of an optimizer. On the
-        CPU this looks each time, on an accelerator now and then.
-
-        :param replay_data: the minibatch
-        :param n_batches: of how many minibatches of equal size it consists, one behind the other
-        :param optimizer: the one that is about to step, whose gradients are looked at
-        :param tensors: the loss and what it came from, causes first, see ``find_fault``; those whose names end in ``q_values``
-            are held against ``max_abs_q``. Without, the minibatch is looked at
-        :return: True if the update is to be left out
-        :raises NumericalFault: if it is not to be left out
-        """
-        self._n_checks += 1
-        if self.device.type != "cpu" and self._n_checks % ACCELERATOR_CHECK_INTERVAL != 0:
-            return False
-        minibatch = flat({name: getattr(replay_data, name) for name in MINIBATCH_FIELDS})
-        if optimizer is not None:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            tensors["gradient norm"] = th.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
-        limits = {name: self.max_abs_q for name in tensors if name.endswith("q_values")}
-        if all(is_fine(tensor, limits.get(name, LARGEST)) for name, tensor in (tensors or minibatch).items()):
-            return False
-        if self.on_fault == "skip":
-            self.n_skipped_updates += 1
-            return True
-        rows = th.as_tensor(replay_data.indices).cpu().numpy().reshape(n_batches, -1)
-        state = [(name, value) for name, value in vars(self).items() if isinstance(value, th.Tensor)]
-        for name, module in vars(self).items():
-            if isinstance(module, th.nn.Module) and module is not self.policy:  # whose parts have names of their own
-                state += [(f"{name}.{key}", value) for key, value in module.state_dict().items()]
-        fault = find_fault(rows, minibatch, state, tensors, limits)
-        raise NumericalFault(
-            f"The update at num_timesteps={self.num_timesteps} was not made: {fault}. Or set `on_fault='skip'` to go on "
-            "without such updates"
-        )
-
-    def _normalization(self) -> list[tuple[Any, dict[str, Any]]]:
-        """:return: what ``VecNormalize`` changes with each step, and its values. It replaces them, so no copy is needed"""
-        env = self._vec_normalize_env
-        if env is None:
-            return []
-        obs_rms = getattr(env, "obs_rms", None)
-        statistics = [*obs_rms.values()] if isinstance(obs_rms, dict) else [obs_rms] if obs_rms is not None else []
-        named = [(part, ("mean", "var", "count")) for part in (*statistics, env.ret_rms)]
-        return [(part, {name: getattr(part, name) for name in names}) for part, names in [*named, (env, ("returns",))]]
-
-    def _undo_step(self) -> None:
-        """Take a faulty step out of ``VecNormalize``'s statistics, which would never be finite again."""
-        for part, values in self._sound_normalization:
-            vars(part).update(values)
-        self._last_obs = None  # the next learn() resets the environments
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """SB3's. Where faulty steps are left out, zeros stand in for what is not finite: what comes of it is not stored."""
-        observations: Any = self._last_obs
-        if self.on_fault == "skip":
-            self._last_obs = map_arrays(lambda part: np.where(np.isfinite(part), part, 0).astype(part.dtype), observations)
-            actions = super()._sample_action(learning_starts, action_noise, n_envs)
-            self._last_obs = observations
-            return actions
-        try:
-            check_step(observations=observations)
-        except NumericalFault:
-            self._undo_step()
-            raise
-        return super()._sample_action(learning_starts, action_noise, n_envs)
-
-    def _store_transition(
-        self,
-        replay_buffer: Any,
-        buffer_action: np.ndarray,
-        new_obs: Any,
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        """SB3's, but what is not finite gets neither into the replay nor into ``VecNormalize``'s statistics."""
-        env = self._vec_normalize_env
-        original_obs = new_obs if env is None else env.get_original_obs()
-        try:
-            check_step(new_observations=original_obs)
-            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        except NumericalFault:
-            self._undo_step()
-            if self.on_fault == "raise":
-                raise
-            # A row of the ring holds a step of all environments, so all of them are left out
-            self.n_skipped_steps += len(dones)
-            self._last_obs, self._last_original_obs = original_obs, original_obs
-            if env is not None:
-                self._last_obs = env.normalize_obs(original_obs)
-        self._sound_normalization = self._normalization()
-        # As SB3's on-policy algorithms do
-        self._last_episode_starts = dones
-
     # ------------------------------------------------------------------ the dataset
 
     def set_dataset(self, dataset: Any) -> None:
@@ -532,154 +396,6 @@ class OfflineToOnline(OffPolicyAlgorithm):
         if dataset is not None:
             model.set_dataset(dataset)
         return model
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def save_checkpoint(self, folder: str | os.PathLike[str], keep: int | None = None) -> Path:
-        """
-        Write all that the next update depends on, so that training can go on as if it had never stopped: exactly in the
-        offline phase, and in the online phase between two rollouts where an episode has ended in every environment.
-
-        There, the environments start their next episodes here and now from a seed that the checkpoint holds, as what their
-        random numbers were before they reset themselves is not known. Anywhere else, episodes under way are lost to the
-        run that goes on, which begins new ones.
-
-        :param folder: gets a folder for this checkpoint, beside those written before
-        :param keep: how many checkpoints to keep, this one among them; all by default
-        :return: the folder of the checkpoint
-        :raises OSError: if it cannot be written, with the name of the file; model and earlier checkpoints are as they were
-        :raises ValueError: if ``keep`` is below 1
-        """
-        if keep is not None and keep < 1:
-            raise ValueError(f"`keep` must be at least 1, or None for all, got {keep}")
-        seed = self._env_seed
-        if seed is None:
-            # From NumPy's generator, which does not move on: checkpoints change no draw of the training
-            generator = np.random.RandomState()
-            generator.set_state(np.random.get_state())
-            seed = (int(generator.randint(2**31 - 1)) + self.num_timesteps) % 2**31
-            if self.env is not None and self._at_episode_start:
-                self._start_episodes(seed)
-        return write_checkpoint(folder, get_state(self, seed), self.num_timesteps, keep)
-
-    @classmethod
-    def load_checkpoint(
-        cls: type[SelfOfflineToOnline],
-        folder: str | os.PathLike[str],
-        env: GymEnv | str,
-        dataset: Any = None,
-        device: th.device | str = "auto",
-        **kwargs: Any,
-    ) -> SelfOfflineToOnline:
-        """
-        A model that goes on where ``save_checkpoint()`` was called. The first call of ``learn_offline()`` or ``learn()``
-        completes the interrupted one: its number of steps is the total, of which those done before are a part. After that,
-        calls are what they always are.
-
-        Python's, NumPy's and PyTorch's random numbers go on from the checkpoint's, too.
-
-        :param folder: where checkpoints were written: the newest that is not damaged is taken; or one of them
-        :param env: the environment to learn from, made and wrapped as before
-        :param dataset: the dataset the model was trained with; not needed where it was loaded by an id or from a file
-        :param device: where to put the model
-        :param kwargs: arguments of the constructor which are to be others than before, or which a checkpoint cannot hold
-            (functions and classes of your own)
-        :return: the model
-        :raises ValueError: if there is no checkpoint, none that is not damaged, one of another algorithm or environment, or
-            an argument is missing
-        """
-        newest = read_newest(folder)
-        if newest is None:
-            raise ValueError(
-                f"There is no checkpoint in {str(folder)!r}: start a new model, or name the folder that holds some"
-            )
-        path, state = newest
-        if state["algorithm"] != cls.__name__:
-            raise ValueError(f"{path} is a checkpoint of {state['algorithm']}: use `{state['algorithm']}.load_checkpoint`")
-        missing = {name: reason for name, reason in state["needed"].items() if name not in kwargs}
-        if missing:
-            raise ValueError(
-                f"{path} does not hold these arguments, which only a pickle could: {missing}. "
-                f"Pass them: `load_checkpoint(folder, env, {', '.join(f'{name}=...' for name in missing)})`"
-            )
-        model = cls(env=env, device=device, **{**state["arguments"], **kwargs})
-        info = state["dataset"]
-        if info is not None:
-            try:
-                dataset = load_dataset(info["source"] if dataset is None else dataset)
-            except ValueError as error:
-                raise ValueError(f"{path} was trained with the dataset {info}: pass `dataset=...`. {error}") from error
-            model.set_dataset(dataset)
-        model._restore(path, state, kwargs)
-        return model
-
-    def resume(self: SelfOfflineToOnline, folder: str | os.PathLike[str]) -> bool:
-        """
-        Bring a new model, with its dataset attached, to where the newest checkpoint is, see ``load_checkpoint()``.
-
-        :param folder: where checkpoints are written
-        :return: whether there was one
-        :raises ValueError: if all are damaged, or the newest is one of another model; nothing changes then
-        """
-        newest = read_newest(folder)
-        if newest is not None:
-            self._restore(*newest)
-        return newest is not None
-
-    def _restore(self, path: Path, state: dict[str, Any], changed: Any = ()) -> None:
-        try:
-            check_state(self, state, changed)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        set_state(self, state)
-        self._to_complete = self._call
-
-    @property
-    def _at_episode_start(self) -> bool:
-        """Whether no episode would be cut if all environments were reset now."""
-        return self._last_obs is None or (not self._in_rollout and bool(np.all(self._last_episode_starts)))
-
-    def _start_episodes(self, seed: int, update_statistics: bool = True) -> None:
-        """
-        Reset the environments.
-
-        :param seed: determines their episodes from here on
-        :param update_statistics: whether the first observations are new to ``VecNormalize``
-        """
-        assert self.env is not None
-        normalize = self._vec_normalize_env
-        was_training = normalize is not None and normalize.training
-        if normalize is not None:
-            normalize.training = was_training and update_statistics
-        self.env.seed(seed)
-        self._env_seed = seed
-        self._last_obs = self.env.reset()  # type: ignore[assignment]
-        self._last_episode_starts = np.ones(self.n_envs, dtype=bool)
-        if normalize is not None:
-            normalize.training = was_training
-            self._last_original_obs = normalize.get_original_obs()
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        super().set_random_seed(seed)
-        self._env_seed = seed
-
-    @contextmanager
-    def _hooks(self, callback: MaybeCallback) -> Iterator[None]:
-        """Tell callbacks that ask for it when a call begins, before anything is set up, and when it ends, by an error too."""
-        hooks: list[Any] = [child for child in iterate_callbacks(callback) if hasattr(child, "on_call_start")]
-        try:
-            for child in hooks:
-                child.on_call_start(self)
-            yield
-        finally:
-            for child in hooks:
-                child.on_call_end()
-
-    def _between_steps(self) -> None:
-        """Tell callbacks that ask for it that everything about the last update or environment step is stored."""
-        for child in iterate_callbacks(self._callback):
-            if hasattr(child, "on_between_steps"):
-                child.on_between_steps()
 
     # ------------------------------------------------------------------ the offline phase
 

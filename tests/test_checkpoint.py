@@ -30,7 +30,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from torch import nn
 
-from sb3_off2on import AWAC, BCQ, Off2OnSAC, checkpoint
+from sb3_off2on import AWAC, BCQ, Off2OnSAC, checkpoint, resume
 from sb3_off2on.buffers import SumTree
 from sb3_off2on.callbacks import ResumableCheckpointCallback, ScaledSchedule
 from sb3_off2on.checkpoint import decode, encode, find_checkpoints, read_checkpoint, read_newest
@@ -74,7 +74,7 @@ def dataset() -> Any:
 
 def everything(model: Any) -> dict[str, Any]:
     """Copies of what must be the same at the end: all tensors, the replay with its priorities, counters, random numbers."""
-    return copied(checkpoint.get_state(model, 0))
+    return copied(resume.get_state(model, 0))
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -679,7 +679,7 @@ class TestArguments:
         state = read_checkpoint(path)
         state["parameters"]["policy"].popitem()
         with pytest.raises(ValueError, match=r"The checkpoint is of another model: 'critic.* in its policy is another one"):
-            checkpoint.check_state(make(), state)
+            resume.check_state(make(), state)
 
     def test_keep(self, tmp_path: Path) -> None:
         model = make()

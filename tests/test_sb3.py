@@ -206,7 +206,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # What other tests are about: nothing to compare, changes nothing in a result, or refused
 ELSEWHERE = {"self", "policy", "env", "dataset", "stats_window_size", "tensorboard_log", "verbose", "device"}
-ELSEWHERE |= {"_init_setup_model", "replay_buffer_class"}
+ELSEWHERE |= {"_init_setup_model", "replay_buffer_class", "on_fault", "max_abs_q"}
 REFUSED = {"optimize_memory_usage", "n_steps", "use_sde", "sde_sample_freq", "use_sde_at_warmup"}
 
 
@@ -641,7 +641,7 @@ class TestLogs:
             model = small_model(SuccessEnv(), **kwargs)
             dumps = Dumps.of(model)
             if kwargs["dataset"] is not None:
-                model.learn_offline(gradient_steps=2)
+                model.learn_offline(gradient_steps=2).fit_fqe(gradient_steps=1)
             model.learn(11, log_interval=1)
             seen |= {key for values in dumps.values for key in values}
         assert {row[0].strip("`") for row in table("modules/off2on_sac.md", "Logged values")} == seen

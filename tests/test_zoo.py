@@ -429,6 +429,7 @@ class TestResume:
             "n_timesteps": 600,
             "eval_freq": 150,
             "save_freq": 200,
+            "log_interval": 1,
             "resume": "auto",
         }
         first = make_manager(tmp_path, hyperparams=params, n_eval_episodes=1, **kwargs)

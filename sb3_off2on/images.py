@@ -4,7 +4,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
 from torch import nn
 
 
@@ -95,6 +95,26 @@ class StridedCNN(FlatCNN):
             nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1),
             nn.ReLU(),
         ]
+
+
+class FlatCombinedExtractor(CombinedExtractor):
+    """
+    SB3's ``CombinedExtractor`` with one of these in the place of ``NatureCNN``.
+
+    :param observation_space: a Dict
+    :param cnn_class: for each of its images
+    :param normalized_image: whether images are in [0, 1] already, see ``CombinedExtractor``
+    """
+
+    def __init__(
+        self, observation_space: spaces.Dict, cnn_class: type[FlatCNN] = CogCNN, normalized_image: bool = False
+    ) -> None:
+        super().__init__(observation_space, normalized_image=normalized_image)
+        for key, extractor in self.extractors.items():
+            if isinstance(extractor, NatureCNN):
+                cnn = cnn_class(observation_space[key], normalized_image=normalized_image)
+                self.extractors[key] = cnn
+                self._features_dim += cnn.features_dim - extractor.features_dim
 
 
 def shift_images(images: th.Tensor, offsets: th.Tensor) -> th.Tensor:

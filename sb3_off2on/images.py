@@ -25,8 +25,8 @@ class FlatCNN(BaseFeaturesExtractor):
             observation_space, check_channels=False, normalized_image=normalized_image
         ):
             raise ValueError(
-                f"`features_extractor_class={type(self).__name__}` is for images, but the observations are {observation_space}: "
-                "use `MlpPolicy`, or `normalized_image=True` for images that are in [0, 1] already"
+                f"`features_extractor_class={type(self).__name__}` is for images, not for {observation_space}: use "
+                "`MlpPolicy`, or `normalized_image=True` for images that are in [0, 1] already"
             )
         if min(observation_space.shape[1:]) < self.smallest:
             raise ValueError(
@@ -119,8 +119,8 @@ class FlatCombinedExtractor(CombinedExtractor):
 
 def shift_images(images: th.Tensor, offsets: th.Tensor) -> th.Tensor:
     """
-    Move every image by its own offset; what would come from outside repeats the edge. Same as padding with the edge's pixels and
-    cropping (Kostrikov et al. 2020), in one gather.
+    Move every image by its own offset; what would come from outside repeats the edge. The same as padding with the edge's
+    pixels and cropping (Kostrikov et al. 2020), in one gather.
 
     :param images: shape ``(batch_size, n_channels, height, width)``
     :param offsets: where the new row 0 and column 0 are in the old image, integers of shape ``(2, batch_size)``

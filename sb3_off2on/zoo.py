@@ -25,6 +25,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_off2on.awac import AWAC
 from sb3_off2on.bcq import BCQ
 from sb3_off2on.datasets import load_dataset
+from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
 from sb3_off2on.off2on_sac import Off2OnSAC
 from sb3_off2on.offline import OfflineToOnline
 
@@ -267,6 +268,10 @@ for _name, _algorithm in ALGORITHMS.items():
 vars(rl_zoo3.exp_manager).update(
     ExperimentManager=OfflineToOnlineExperimentManager,
     TrialEvalCallback=OnlineTrialEvalCallback,
+    # For the strings of policy_kwargs, which are evaluated there
+    CogCNN=CogCNN,
+    FlatCombinedExtractor=FlatCombinedExtractor,
+    StridedCNN=StridedCNN,
 )
 vars(rl_zoo3.train).update(
     ExperimentManager=OfflineToOnlineExperimentManager,

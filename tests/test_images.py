@@ -11,6 +11,7 @@ from helpers import TinyEnv, assert_same, make_dataset, parameters_of, small_mod
 from torch import nn
 
 from sb3_off2on import BalancedReplayBuffer, Off2OnSAC
+from sb3_off2on.datasets import map_arrays
 from sb3_off2on.density_ratio import DensityRatio
 from sb3_off2on.images import CogCNN, FlatCNN, FlatCombinedExtractor, StridedCNN, random_offsets, shift_images
 
@@ -22,9 +23,10 @@ PAPER_SPACE = spaces.Box(0, 255, (3, 48, 48), np.uint8)
 
 def convolve(x: np.ndarray, layer: nn.Conv2d) -> np.ndarray:
     """Shape ``(n_channels, height, width)`` to ``(n_kernels, ...)``, pixel by pixel."""
-    weight, bias = (parameter.detach().numpy() for parameter in (layer.weight, layer.bias) if parameter is not None)
-    (pad, _), (stride, _), size = layer.padding, layer.stride, weight.shape[-1]
-    x = np.pad(x, ((0, 0), (int(pad), int(pad)), (int(pad), int(pad))))
+    assert layer.bias is not None
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    pad, stride, size = int(layer.padding[0]), layer.stride[0], weight.shape[-1]
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
     shape = [(length - size) // stride + 1 for length in x.shape[1:]]
     out = np.empty((len(weight), *shape))
     for row, column in np.ndindex(*shape):
@@ -77,7 +79,7 @@ class TestConvolutions:
             cnn_class(spaces.Box(0, 255, (1, n, n - 1), np.uint8))
 
     def test_refuses_what_is_no_image(self) -> None:
-        with pytest.raises(ValueError, match=r"`features_extractor_class=CogCNN` is for images, but the observations are Box"):
+        with pytest.raises(ValueError, match=r"`features_extractor_class=CogCNN` is for images, not for Box"):
             CogCNN(VECTOR_SPACE)
         floats = spaces.Box(0, 1, (3, 20, 20), np.float32)
         with pytest.raises(ValueError, match=r"or `normalized_image=True` for images that are in \[0, 1\] already"):
@@ -129,9 +131,8 @@ class TestReplay:
         env.reset(seed=0)
         buffer.set_offline_data(make_dataset(n_episodes=2, length=10, env=env))
         for _ in range(8):
-            obs, next_obs = env.observation_space.sample(), env.observation_space.sample()
-            batched = [{key: value[None] for key, value in x.items()} if isinstance(x, dict) else x for x in (obs, next_obs)]
-            buffer.add(*batched, np.zeros((1, 2)), np.zeros(1), np.zeros(1), [{}])
+            obs, next_obs = (map_arrays(lambda part: part[None], env.observation_space.sample()) for _ in range(2))
+            buffer.add(obs, next_obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1), [{}])
         return buffer
 
     @pytest.mark.parametrize("draw", ["sample", "sample_offline", "sample_online", "sample_uniform"])
@@ -141,7 +142,8 @@ class TestReplay:
         samples = getattr(buffer, draw)(40)
         rows = buffer._get_samples(samples.indices)
         offsets = []
-        for got, plain in ((samples.observations, rows.observations), (samples.next_observations, rows.next_observations)):
+        pairs: Any = ((samples.observations, rows.observations), (samples.next_observations, rows.next_observations))
+        for got, plain in pairs:
             assert th.equal(got["vector"], plain["vector"])
             for image, original in zip(got["image"], plain["image"], strict=True):
                 candidates = [(row, column) for row in range(-2, 3) for column in range(-2, 3)]
@@ -227,4 +229,5 @@ def test_learns_and_is_saved(kind: str, share: bool, tmp_path: Path) -> None:
     loaded = Off2OnSAC.load(tmp_path / "model", env=TinyEnv(space), dataset=dataset)
     assert loaded.replay_buffer.random_shift == 2
     assert_same(parameters_of(loaded.policy), parameters_of(model.policy))
+    assert loaded.density_ratio is not None
     assert_same(parameters_of(loaded.density_ratio), parameters_of(model.density_ratio))

@@ -39,10 +39,40 @@ ROWS = {
     "sac-online": (False, "online", "one agent, online only"),
 }
 FIELDS = ("step", "success", "return", "random_share")
-# Those of hyperparams/off2on_sac.yml
+# Those of the -State and of the small image tasks in docs/envs.md
+COMMON: dict[str, Any] = {
+    "gamma": 0.95,
+    "ent_coef": "auto_0.05",
+    "offline_learning_rate": 1e-3,
+    "offline_qf_learning_rate": 1e-3,
+    "offline_batch_size": 128,
+    "cql_alpha": 1.0,
+    "cql_n_actions": 4,
+    "learning_rate": 3e-4,
+    "learning_starts": 400,
+    "train_freq": 40,
+    "batch_size": 128,
+    "buffer_size": 100_000,
+    "priority_temperature": 2.5,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "state": {},
-    "image": {},
+    "state": {
+        **COMMON,
+        "policy": "MlpPolicy",
+        "offline_gradient_steps": 10_000,
+        "offline_bc_steps": 4_000,
+        "policy_kwargs": {"net_arch": [128, 128], "critic_layer_norm": True},
+        "density_ratio_kwargs": {"net_arch": [64, 64]},
+    },
+    "image": {
+        **COMMON,
+        "policy": "CnnPolicy",
+        "offline_gradient_steps": 20_000,
+        "offline_bc_steps": 15_000,
+        "policy_kwargs": {"net_arch": [256, 256], "critic_layer_norm": True, "features_extractor_class": StridedCNN},
+        "density_ratio_kwargs": {"net_arch": [64, 64]},
+        "replay_buffer_kwargs": {"random_shift": 4},
+    },
 }
 
 
@@ -181,7 +211,7 @@ class Evaluation(BaseCallback):
 
 
 def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
-    """Success rates of all rows and, where balanced replay chooses, the share of random data: means and deviations of the seeds."""
+    """Success rates and, where balanced replay chooses, shares of random data: mean and deviation of the seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for row, seeds in tables.items():
         n_evaluations = min(len(table) for table in seeds)

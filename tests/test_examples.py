@@ -7,8 +7,11 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
+from gymnasium.error import DependencyNotInstalled
 
+import sb3_off2on.envs  # noqa: F401 (registers the manipulation tasks)
 from sb3_off2on import Off2OnSAC
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -49,3 +52,35 @@ def test_sampled_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     for form in ("sampled", "full"):
         result = json.loads((tmp_path / f"{form}.json").read_text())
         assert [len(returns) for returns in result["evaluations"]] == [2, 2]
+
+
+@pytest.mark.parametrize("observation", ["state", "image"])
+def test_manipulation(
+    observation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All rows and both networks; the second time, only the table and the plot are made."""
+    if observation == "image":
+        try:
+            gym.make("Off2OnPickPlace-v0").reset()
+        except DependencyNotInstalled as error:
+            pytest.skip(str(error))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(Off2OnSAC, "_online_gradient_steps", lambda self, gradient_steps: 1)
+    arguments = (
+        f"--observation {observation} --n-scripted 40 --n-random 40 --ensemble-size 2 --offline-steps 2 --online-episodes 10 "
+        f"--eval-freq 200 --eval-episodes 1 --out {tmp_path}"
+    )
+    monkeypatch.setattr(sys, "argv", ["", "pick-place", *arguments.split()])
+    folder = tmp_path / "pick-place" / observation
+    for _ in range(2):
+        runpy.run_path(str(EXAMPLES / "manipulation.py"), run_name="__main__")
+        times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.csv")}
+    assert times == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.csv")}
+    output = capsys.readouterr().out
+    assert output.count("offline phase") == 1
+    assert output.count("success rate") == 2
+    assert (folder / "success.png").stat().st_size > 10_000
+    for row in ("ensemble-balanced", "ensemble-online", "sac-balanced", "sac-online"):
+        lines = (folder / f"{row}_0.csv").read_text().splitlines()
+        assert lines[0] == "step,success,return,random_share"
+        assert [line.split(",")[0] for line in lines[1:]] == ["0", "200", "400"]

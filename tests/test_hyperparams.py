@@ -51,6 +51,9 @@ def test_every_block_builds_a_model(algo: str, env_id: str, tmp_path: Path) -> N
         if name == "replay_buffer_kwargs":
             assert value == evaluated(block[name])
             continue
+        if str(block[name]).startswith("lin_"):
+            assert [value(progress) for progress in (1.0, 0.5, 0.0)] == [float(block[name][4:]) * x for x in (1.0, 0.5, 0.0)]
+            continue
         assert (value(1.0) if callable(value) else value) == block[name], name
 
 

@@ -9,6 +9,7 @@ What is there already is not done again: several processes can share the work by
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ class Evaluation(BaseCallback):
 
         self.env.seed(self.seed + 1000)
         returns, _ = evaluate_policy(self.model, self.env, self.n_episodes, callback=look, return_episode_rewards=True)
-        figures = (step, np.mean(successes), np.mean(returns), self.share.share())
+        figures = (step, float(np.mean(successes)), float(np.mean(returns)), self.share.share())
         self.table.append(dict(zip(FIELDS, figures, strict=True)))
         print("  " + "  ".join(f"{name} {value:.2f}" for name, value in self.table[-1].items()), flush=True)
 
@@ -234,6 +235,16 @@ def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, fl
     plt.close(figure)
 
 
+def check_settings(arguments: argparse.Namespace, path: Path) -> None:
+    """Runs of other settings are not mixed with those in the folder."""
+    elsewhere = ("rows", "seeds", "threads", "out")
+    settings = {name: value for name, value in vars(arguments).items() if name not in elsewhere}
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=1))
+    elif settings != (done := json.loads(path.read_text())):
+        raise SystemExit(f"The runs in {path.parent} are those of {done}, not {settings}: choose another --out")
+
+
 def read(path: Path) -> list[dict[str, float]]:
     with path.open() as file:
         return [{name: float(value) for name, value in entry.items()} for entry in csv.DictReader(file)]
@@ -253,6 +264,7 @@ def main() -> None:
     th.set_num_threads(arguments.threads)
     folder = arguments.out / arguments.task / arguments.observation
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(arguments, folder / "settings.json")
     dataset, is_random = get_dataset(arguments)
     print(dataset)
     for seed in arguments.seeds:
@@ -271,8 +283,8 @@ def main() -> None:
     print(f"\n{'success rate':<36}{'seeds':>6}{'offline':>10}{'worst':>10}{'final':>10}")
     for row, seeds in tables.items():
         success = [[entry["success"] for entry in table] for table in seeds]
-        figures = [[s[0] for s in success], [min(s) for s in success], [np.mean(s[-3:]) for s in success]]
-        print(f"{ROWS[row][2]:<36}{len(seeds):6}" + "".join(f"{np.mean(x):10.2f}" for x in figures))
+        figures = np.array([(s[0], min(s), np.mean(s[-3:])) for s in success]).mean(axis=0)
+        print(f"{ROWS[row][2]:<36}{len(seeds):6}" + "".join(f"{figure:10.2f}" for figure in figures))
     plot(arguments, tables, folder / "success.png")
     print("\nworst: lowest evaluation; final: mean of the last three; all as means over the seeds.")
     print(f"Plot: {folder}/success.png")

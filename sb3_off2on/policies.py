@@ -256,7 +256,8 @@ class EnsembleActor(Actor):
         :return: shape ``(n_members, batch_size)``
         """
         mean_rows, log_std_rows, action_rows = (x.flatten(0, 1) for x in (mean_actions, log_std, actions))
-        return self.action_dist.proba_distribution(mean_rows, log_std_rows).log_prob(action_rows).view(actions.shape[:2])
+        distribution = SquashedGaussian(actions.shape[-1]).proba_distribution(mean_rows, log_std_rows)
+        return distribution.log_prob(action_rows).view(actions.shape[:2])
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         mean_actions, log_std = moment_matching(*self.member_action_dist_params(obs))

@@ -81,6 +81,9 @@ def test_manipulation(
         times.append({path.name: path.stat().st_mtime_ns for path in folder.glob("*.csv")})
     assert times[0] == times[1]
     assert sorted(times[0]) == sorted(f"{row}_0.csv" for row in rows)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval-episodes", "2"])
+    with pytest.raises(SystemExit, match="choose another --out"):
+        runpy.run_path(str(EXAMPLES / "manipulation.py"), run_name="__main__")
     output = capsys.readouterr().out
     assert output.count("offline phase") == 1
     assert output.count("success rate") == 2

@@ -218,7 +218,8 @@ class TestBehaviourCloning:
         (log_prob[0].mean() + log_prob[1].mean()).backward()
         with th.no_grad():
             for parameter in before.parameters():
-                parameter += 0.1 * parameter.grad
+                assert parameter.grad is not None
+                parameter.add_(0.1 * parameter.grad)
         for name, value in before.state_dict().items():
             th.testing.assert_close(imitating.actor.state_dict()[name], value)
 

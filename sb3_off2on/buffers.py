@@ -6,12 +6,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
-from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_off2on.datasets import OfflineDataset, map_arrays
 from sb3_off2on.faults import check_step
+from sb3_off2on.images import random_offsets, shift_images
 
 SCHEMES = ("balanced", "uniform", "online", "offline", "symmetric")
 # Rows that are copied to `buffer_device` together: images must not be gathered all at once
@@ -300,7 +301,10 @@ class BalancedReplayBuffer(ReplayBuffer):
     :param buffer_device: keep a copy of all rows, and the priorities, on this device (e.g. ``"cuda"``), so that drawing and
         updating priorities neither gathers on the host nor waits for the device. It has room for the dataset and
         ``buffer_size`` rows, and gets what is new with the next draw. ``None`` gathers on the host
-    :raises ValueError: if ``scheme`` is unknown, ``optimize_memory_usage`` is set or ``buffer_device`` cannot be used
+    :param random_shift: move the images of every batch at random, by up to this many pixels along each axis (DrQ, Kostrikov
+        et al. 2020, where it is 4; 0 for none): an observation and its next one independently, all channels of one alike
+    :raises ValueError: if ``scheme`` is unknown, ``optimize_memory_usage`` is set, ``buffer_device`` cannot be used, or
+        ``random_shift`` is negative or there are no images to shift
     """
 
     def __init__(
@@ -314,6 +318,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         handle_timeout_termination: bool = True,
         scheme: str = "balanced",
         buffer_device: th.device | str | None = None,
+        random_shift: int = 0,
     ):
         if scheme not in SCHEMES:
             raise ValueError(f"Unknown scheme={scheme!r}, it must be one of {', '.join(map(repr, SCHEMES))}")
@@ -321,6 +326,14 @@ class BalancedReplayBuffer(ReplayBuffer):
             raise ValueError(
                 "BalancedReplayBuffer does not support optimize_memory_usage=True: it would keep a next observation only "
                 "until the row after it is overwritten, but rows are drawn by priority at any time"
+            )
+        if isinstance(random_shift, bool) or not isinstance(random_shift, int) or random_shift < 0:
+            raise ValueError(f"`random_shift` must be an integer of at least 0 (pixels), got {random_shift!r}")
+        is_image = map_arrays(lambda space: is_image_space(space, check_channels=False), observation_space)
+        if random_shift > 0 and True not in (is_image.values() if isinstance(is_image, dict) else [is_image]):
+            raise ValueError(
+                f"`random_shift={random_shift}` is for images of type uint8, of which there are none in {observation_space}: "
+                "set it to 0"
             )
         _storage(observation_space).__init__(
             self,
@@ -335,6 +348,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         self.dataset: OfflineDataset | None = None
         # Outlives pickling, which the dataset does not
         self.dataset_info: dict[str, Any] | None = None
+        self.random_shift, self._is_image = random_shift, is_image
         self.buffer_device = None if buffer_device is None else _usable_device(buffer_device)
         # The copy there, which the first draw makes, and the number of positions it lacks, which the next draw copies
         self._device_rows: list[Any] = []
@@ -458,19 +472,19 @@ class BalancedReplayBuffer(ReplayBuffer):
         :return: the batch; its ``indices`` are what ``update_priorities()`` takes
         :raises ValueError: if the scheme needs a part that is missing or empty
         """
-        return self._get_samples(self._draw(batch_size), env)
+        return self._augmented(self._get_samples(self._draw(batch_size), env))
 
     def sample_offline(self, batch_size: int, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:
         """Draw uniformly from the offline part, whatever the scheme; else as ``sample()``."""
-        return self._get_samples(self._draw_offline(batch_size, "sample_offline()"), env)
+        return self._augmented(self._get_samples(self._draw_offline(batch_size, "sample_offline()"), env))
 
     def sample_uniform(self, batch_size: int, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:
         """As ``sample()``, from all rows alike, offline and online, whatever the scheme."""
-        return self._get_samples(self._draw_uniform(batch_size, "sample_uniform()"), env)
+        return self._augmented(self._get_samples(self._draw_uniform(batch_size, "sample_uniform()"), env))
 
     def sample_online(self, batch_size: int, env: VecNormalize | None = None) -> BalancedReplayBufferSamples:
         """Draw uniformly from the online part, whatever the scheme; else as ``sample()``."""
-        return self._get_samples(self._draw_online(batch_size, "sample_online()"), env)
+        return self._augmented(self._get_samples(self._draw_online(batch_size, "sample_online()"), env))
 
     def priorities(self, indices: np.ndarray | th.Tensor) -> Any:
         """
@@ -671,6 +685,21 @@ class BalancedReplayBuffer(ReplayBuffer):
             dones=self._as_tensor(dones.reshape(-1, 1)),
             rewards=self._as_tensor(self._normalized_reward(rewards.reshape(-1, 1), env)),
             indices=batch_inds,
+        )
+
+    def _augmented(self, samples: BalancedReplayBufferSamples) -> BalancedReplayBufferSamples:
+        """:return: the same rows with their images shifted; not in ``_get_samples``, whose callers want the rows themselves"""
+        if self.random_shift == 0:
+            return samples
+
+        def shifted(part: th.Tensor, is_image: bool) -> th.Tensor:
+            if not is_image:
+                return part
+            return shift_images(part, to_device(random_offsets(len(part), self.random_shift), part.device))
+
+        return samples._replace(
+            observations=map_arrays(shifted, samples.observations, self._is_image),
+            next_observations=map_arrays(shifted, samples.next_observations, self._is_image),
         )
 
     def _rows_on_device(self) -> list[Any]:

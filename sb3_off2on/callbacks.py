@@ -180,6 +180,61 @@ def _auroc_of_first(q_values: np.ndarray) -> float:
     return auroc(q_values[0], q_values[1:])
 
 
+class OfflineShareCallback(BaseCallback):
+    """
+    Log which share of the draws falls on some of the dataset's rows (Lee et al. 2021, Fig. 5b, where they are the random
+    ones): the probability of drawing one of them now, by the scheme and the priorities of the replay. Of the online phase.
+
+    :param rows: which of the dataset's rows, bool, shape ``(n_transitions,)``
+    :param name: logged as ``replay/{name}_share``
+    :param eval_freq: compute every ``eval_freq`` call of the callback
+    :param verbose: see ``BaseCallback``
+    :raises ValueError: if ``eval_freq`` is below 1. When training starts: if the model has no dataset, or one of another size
+    """
+
+    model: OfflineToOnline
+
+    def __init__(self, rows: np.ndarray, name: str, eval_freq: int = 1000, verbose: int = 0):
+        super().__init__(verbose)
+        if eval_freq < 1:
+            raise ValueError(f"`eval_freq` must be at least 1, got {eval_freq}")
+        self.rows = np.asarray(rows)
+        self.name = name
+        self.eval_freq = eval_freq
+
+    def _init_callback(self) -> None:
+        dataset = getattr(self.model, "dataset", None)
+        if dataset is None:
+            raise ValueError("OfflineShareCallback needs a model with a dataset: pass `dataset=...` or call `set_dataset()`")
+        if self.rows.shape != (len(dataset),) or self.rows.dtype != np.bool_:
+            raise ValueError(
+                f"`rows` must be one bool for each of the dataset's {len(dataset)} transitions, "
+                f"got {self.rows.dtype} of shape {self.rows.shape}"
+            )
+
+    def share(self) -> float:
+        """:return: the share at this moment, between 0 and 1; NaN as long as the scheme has nothing to draw from"""
+        buffer = self.model.replay_buffer
+        assert buffer is not None
+        n_offline, n_online = buffer.n_offline, buffer.n_online
+        weights = np.ones(n_offline + n_online)
+        if buffer.scheme == "balanced":
+            priorities = buffer.priorities(np.arange(n_offline + n_online))
+            weights = priorities.cpu().numpy() if isinstance(priorities, th.Tensor) else priorities
+        elif buffer.scheme in ("offline", "online"):
+            weights[n_offline:] = buffer.scheme == "online"
+            weights[:n_offline] = buffer.scheme == "offline"
+        elif buffer.scheme == "symmetric":
+            weights[n_offline:] = n_offline / max(n_online, 1)
+        with np.errstate(invalid="ignore"):
+            return float(weights[:n_offline][self.rows].sum() / weights.sum())
+
+    def _on_step(self) -> bool:
+        if self.model._handed_over and self.n_calls % self.eval_freq == 0:
+            self.logger.record(f"replay/{self.name}_share", self.share())
+        return True
+
+
 class ScaledSchedule:
     """
     A schedule times a constant.

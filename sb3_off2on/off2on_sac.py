@@ -74,6 +74,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param offline_learning_rate: learning rate of the actors and entropy coefficients in the offline phase
     :param offline_qf_learning_rate: learning rate of the critics in the offline phase
     :param offline_batch_size: rows per member and update in the offline phase
+    :param offline_bc_steps: in this many of the first updates of the offline phase, the actors imitate the dataset's actions
+        (maximum likelihood, without entropy) instead of maximising Q: ``policy_eval_start`` of CQL's and COG's published code
     :param cql_alpha: weight of CQL's conservative term beside the squared TD error (not halved), offline phase
     :param cql_n_actions: sampled actions per state, for each of: uniform, policy at s, policy at s'
     :param cql_temp: temperature of the log-sum-exp
@@ -149,6 +151,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         offline_learning_rate: float | Schedule = 1e-4,
         offline_qf_learning_rate: float | Schedule = 3e-4,
         offline_batch_size: int = 256,
+        offline_bc_steps: int = 0,
         cql_alpha: float = 5.0,
         cql_n_actions: int = 10,
         cql_temp: float = 1.0,
@@ -209,6 +212,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.offline_learning_rate = offline_learning_rate
         self.offline_qf_learning_rate = offline_qf_learning_rate
         self.offline_batch_size = offline_batch_size
+        self.offline_bc_steps = offline_bc_steps
         self.cql_alpha = cql_alpha
         self.cql_n_actions = cql_n_actions
         self.cql_temp = cql_temp
@@ -233,13 +237,14 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self._check_at_least(
             offline_gradient_steps=0,
             offline_batch_size=1,
+            offline_bc_steps=0,
             cql_alpha=0,
             cql_n_actions=1,
             cql_alpha_online=0,
             first_update_multiplier=1,
             target_update_interval=1,
         )
-        self._check_integers("cql_n_actions", "first_update_multiplier", "target_update_interval")
+        self._check_integers("offline_bc_steps", "cql_n_actions", "first_update_multiplier", "target_update_interval")
         for name in ("cql_temp", "priority_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")
@@ -410,7 +415,10 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Min over each member's critics: (ensemble_size, batch_size)
             q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi, per_member=True)
             min_qf_pi = q_values_pi.min(dim=1).values
-            actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()
+            if self._n_offline_updates <= self.offline_bc_steps:
+                actor_loss = -self.actor.log_prob_of_actions(*dist_params, actions).mean(dim=1).sum()
+            else:
+                actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()
             self.actor.optimizer.zero_grad()
             actor_loss.backward(inputs=trainable_parameters(self.actor))
             if self._has_fault(replay_data, ensemble_size, self.actor.optimizer, q_values_pi=min_qf_pi, actor_loss=actor_loss):

@@ -325,6 +325,8 @@ class OfflineToOnline(Resumable, Guarded):
             scheme = self.replay_buffer.scheme if own is None else own.scheme
             if own is not None and self.replay_buffer.buffer_device != own.buffer_device:
                 self.replay_buffer.set_buffer_device(own.buffer_device)
+            if own is not None:
+                self.replay_buffer.random_shift = own.random_shift
             new_scheme = self.replay_buffer.scheme != scheme
             self.replay_buffer.set_scheme(scheme)
             # The pickle holds no copy of the dataset: give it the rows that this model has

@@ -272,6 +272,19 @@ class EnsembleActor(Actor):
         actions, log_prob = self.action_dist.log_prob_from_params(*rows)
         return actions.view(shape), log_prob.view(shape[:-1])
 
+    def log_prob_of_actions(self, mean_actions: th.Tensor, log_std: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Log-likelihood of given actions, with gradient to the parameters of the Gaussians.
+
+        :param mean_actions: shape ``(n_members, batch_size, action_dim)``
+        :param log_std: same shape
+        :param actions: in [-1, 1], same shape; on the bounds, SB3 takes the next number inside
+        :return: shape ``(n_members, batch_size)``
+        """
+        mean_rows, log_std_rows, action_rows = (x.flatten(0, 1) for x in (mean_actions, log_std, actions))
+        distribution = SquashedGaussian(actions.shape[-1]).proba_distribution(mean_rows, log_std_rows)
+        return distribution.log_prob(action_rows).view(actions.shape[:2])
+
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
         mean_actions, log_std = moment_matching(*self.member_action_dist_params(obs))
         return mean_actions, log_std, {}

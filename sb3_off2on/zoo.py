@@ -29,6 +29,7 @@ from sb3_off2on.bcq import BCQ
 from sb3_off2on.callbacks import ResumableCheckpointCallback
 from sb3_off2on.checkpoint import find_checkpoints
 from sb3_off2on.datasets import load_dataset
+from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
 from sb3_off2on.off2on_sac import Off2OnSAC
 from sb3_off2on.offline import OfflineToOnline
 
@@ -317,6 +318,10 @@ for _name, _algorithm in ALGORITHMS.items():
 vars(rl_zoo3.exp_manager).update(
     ExperimentManager=OfflineToOnlineExperimentManager,
     TrialEvalCallback=OnlineTrialEvalCallback,
+    # For the strings of policy_kwargs, which are evaluated there
+    CogCNN=CogCNN,
+    FlatCombinedExtractor=FlatCombinedExtractor,
+    StridedCNN=StridedCNN,
 )
 vars(rl_zoo3.train).update(
     ExperimentManager=OfflineToOnlineExperimentManager,

@@ -21,7 +21,13 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_off2on import BalancedReplayBuffer, Off2OnSAC
-from sb3_off2on.callbacks import ActionAUROCCallback, CollapseGuardCallback, NormalizedScoreCallback, auroc
+from sb3_off2on.callbacks import (
+    ActionAUROCCallback,
+    CollapseGuardCallback,
+    NormalizedScoreCallback,
+    OfflineShareCallback,
+    auroc,
+)
 from sb3_off2on.offline import OfflineToOnline
 
 
@@ -631,3 +637,61 @@ def test_without_evaluations(dataset: Any, callback: BaseCallback, place: str) -
     with pytest.raises(ValueError, match=rf"{name} works on evaluations: pass `EvalCallback\(eval_env, callback_after_eval="):
         model.learn(3, callback=EveryNTimesteps(2, callback) if outer is None else outer)
     assert model.num_timesteps == 0
+
+
+class TestOfflineShare:
+    """The probability that a draw falls on given rows of the dataset, against what is drawn."""
+
+    @pytest.mark.parametrize("scheme", ["balanced", "uniform", "online", "offline", "symmetric"])
+    def test_against_draws(self, scheme: str) -> None:
+        np.random.seed(0)
+        dataset = make_dataset(n_episodes=2, length=10)
+        rows = np.arange(20) % 3 == 0
+        callback = OfflineShareCallback(rows, "third", eval_freq=2)
+        model = small_model(dataset=dataset, replay_buffer_kwargs={"scheme": scheme})
+        output = Rows()
+        model.set_logger(Logger(None, [output]))
+        model.learn(8, callback=callback, log_interval=1)
+        buffer = model.replay_buffer
+        n_rows = buffer.n_offline + buffer.n_online
+        assert buffer.n_online == 8
+        if scheme == "balanced":
+            buffer.update_priorities(np.arange(n_rows), np.random.exponential(size=n_rows))
+        indices = buffer.sample(40_000).indices
+        drawn = np.isin(indices, np.flatnonzero(rows)).mean()
+        assert callback.share() == pytest.approx(drawn, abs=0.01)
+        assert (callback.share() == 0) == (scheme == "online")
+
+    def test_logs_the_online_phase(self) -> None:
+        model = small_model(dataset=make_dataset(n_episodes=2, length=10), replay_buffer_kwargs={"scheme": "uniform"})
+        shares: list[float] = []
+
+        class Reader(BaseCallback):
+            def _on_step(self) -> bool:
+                if "replay/third_share" in self.logger.name_to_value:
+                    shares.append(self.logger.name_to_value["replay/third_share"])
+                    del self.logger.name_to_value["replay/third_share"]
+                return True
+
+        callbacks: list[BaseCallback] = [OfflineShareCallback(np.arange(20) < 5, "third", eval_freq=2), Reader()]
+        model.learn_offline(gradient_steps=2, callback=callbacks, log_interval=None)
+        assert shares == []
+        model.learn(4, callback=callbacks, log_interval=100)
+        assert shares == [5 / 21, 5 / 23]  # SB3 calls back before it stores the step
+
+    def test_nothing_to_draw_from(self) -> None:
+        model = small_model(dataset=make_dataset(n_episodes=2, length=10), replay_buffer_kwargs={"scheme": "online"})
+        callback = OfflineShareCallback(np.ones(20, bool), "any")
+        callback.init_callback(model)
+        assert np.isnan(callback.share())
+
+    def test_what_cannot_be(self) -> None:
+        with pytest.raises(ValueError, match=r"`eval_freq` must be at least 1, got 0"):
+            OfflineShareCallback(np.ones(20, bool), "any", eval_freq=0)
+        model = small_model()
+        with pytest.raises(ValueError, match=r"OfflineShareCallback needs a model with a dataset: pass `dataset=...`"):
+            model.learn(1, callback=OfflineShareCallback(np.ones(20, bool), "any"))
+        model = small_model(dataset=make_dataset(n_episodes=2, length=10))
+        for rows, got in ((np.ones(19, bool), "bool of shape \\(19,\\)"), (np.arange(20), "int64 of shape \\(20,\\)")):
+            with pytest.raises(ValueError, match=rf"one bool for each of the dataset's 20 transitions, got {got}"):
+                model.learn(1, callback=OfflineShareCallback(rows, "any"))

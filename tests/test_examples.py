@@ -7,8 +7,11 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
+from gymnasium.error import DependencyNotInstalled
 
+import sb3_off2on.envs  # noqa: F401 (registers the manipulation tasks)
 from sb3_off2on import Off2OnSAC
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -49,3 +52,43 @@ def test_sampled_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     for form in ("sampled", "full"):
         result = json.loads((tmp_path / f"{form}.json").read_text())
         assert [len(returns) for returns in result["evaluations"]] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("observation", "rows"),
+    [("state", ["ensemble-balanced", "sac-online"]), ("image", ["sac-balanced"])],
+)
+def test_manipulation(
+    observation: str, rows: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both networks, ensemble and single agent; the second time, only the table and the plot are made."""
+    if observation == "image":
+        try:
+            gym.make("Off2OnPickPlace-v0").reset()
+        except DependencyNotInstalled as error:
+            pytest.skip(str(error))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(Off2OnSAC, "_online_gradient_steps", lambda self, gradient_steps: 1)
+    arguments = (
+        f"--observation {observation} --n-scripted 40 --n-random 40 --ensemble-size 2 --offline-steps 2 --online-episodes 10 "
+        f"--eval-freq 400 --eval-episodes 1 --out {tmp_path} --rows {' '.join(rows)}"
+    )
+    monkeypatch.setattr(sys, "argv", ["", "pick-place", *arguments.split()])
+    folder = tmp_path / "pick-place" / observation
+    times = []
+    for _ in range(2):
+        runpy.run_path(str(EXAMPLES / "manipulation.py"), run_name="__main__")
+        times.append({path.name: path.stat().st_mtime_ns for path in folder.glob("*.csv")})
+    assert times[0] == times[1]
+    assert sorted(times[0]) == sorted(f"{row}_0.csv" for row in rows)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval-episodes", "2"])
+    with pytest.raises(SystemExit, match="choose another --out"):
+        runpy.run_path(str(EXAMPLES / "manipulation.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert output.count("offline phase") == 1
+    assert output.count("success rate") == 2
+    assert (folder / "success.png").stat().st_size > 10_000
+    for name in times[0]:
+        lines = (folder / name).read_text().splitlines()
+        assert lines[0] == "step,success,return,random_share"
+        assert [line.split(",")[0] for line in lines[1:]] == ["0", "400"]

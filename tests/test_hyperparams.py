@@ -7,11 +7,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import rl_zoo3.exp_manager
 import yaml
 from gymnasium.envs.registration import registry
 from helpers import make_dataset
 from stable_baselines3.common.type_aliases import TrainFreq
 
+import sb3_off2on.envs  # noqa: F401 (registers the manipulation tasks)
 from sb3_off2on.zoo import ALGORITHMS, HYPERPARAMS_FOLDER, OfflineToOnlineExperimentManager
 
 FILES = {algo: yaml.safe_load((HYPERPARAMS_FOLDER / f"{algo}.yml").read_text()) for algo in ALGORITHMS}
@@ -28,14 +30,30 @@ def build(folder: Path, algo: str, env_id: str, dataset: list[str] | None = None
     return results[0]
 
 
+def evaluated(text: str) -> dict[str, Any]:
+    """As RL Zoo does it, with the names that its module knows."""
+    return eval(text, vars(rl_zoo3.exp_manager))
+
+
 @pytest.mark.parametrize(("algo", "env_id"), [(algo, env_id) for algo, blocks in FILES.items() for env_id in blocks])
 def test_every_block_builds_a_model(algo: str, env_id: str, tmp_path: Path) -> None:
     block = FILES[algo][env_id]
     model = build(tmp_path, algo, "Pendulum-v1" if env_id == "default" else env_id, offline_gradient_steps=0)
-    assert model.policy.ensemble_size == eval(block["policy_kwargs"])["ensemble_size"]
     assert env_id == "default" or env_id in registry
-    for name in set(block) - {"n_timesteps", "policy", "policy_kwargs", "train_freq", "offline_gradient_steps"}:
+    policy_kwargs = evaluated(block["policy_kwargs"])
+    assert model.policy.ensemble_size == policy_kwargs["ensemble_size"]
+    if "features_extractor_class" in policy_kwargs:
+        assert model.policy.features_extractor_class is policy_kwargs["features_extractor_class"]
+    assert (model.get_vec_normalize_env() is not None) == ("normalize" in block)
+    elsewhere = {"n_timesteps", "policy", "policy_kwargs", "train_freq", "offline_gradient_steps", "normalize"}
+    for name in set(block) - elsewhere:
         value = getattr(model, name)
+        if name == "replay_buffer_kwargs":
+            assert value == evaluated(block[name])
+            continue
+        if str(block[name]).startswith("lin_"):
+            assert [value(progress) for progress in (1.0, 0.5, 0.0)] == [float(block[name][4:]) * x for x in (1.0, 0.5, 0.0)]
+            continue
         assert (value(1.0) if callable(value) else value) == block[name], name
 
 

@@ -1,5 +1,6 @@
 """The two phases against SB3's SAC, against single agents, and against NumPy."""
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import (
     assert_same,
     make_dataset,
     make_model,
+    parameters_of,
     random_frames,
     saved_state,
     small_model,
@@ -173,6 +175,66 @@ class TestOfflinePhase:
                     )
             assert ensemble.offline_log_ent_coef[index].item() == pytest.approx(single.offline_log_ent_coef.item(), abs=1e-12)
             assert ensemble.log_cql_lagrange[index].item() == pytest.approx(single.log_cql_lagrange.item(), abs=1e-12)
+
+
+class TestBehaviourCloning:
+    """The first ``offline_bc_steps`` updates, in which the actors imitate."""
+
+    def test_likelihood_against_numpy(self) -> None:
+        """Density of tanh(u) with u Gaussian, by the change of variables."""
+        rng = np.random.default_rng(0)
+        mean, log_std = rng.normal(size=(2, 3, 4, 2))
+        actions = rng.uniform(-0.95, 0.95, (3, 4, 2))
+        u = np.arctanh(actions)
+        normal = -0.5 * ((u - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
+        expected = (normal - np.log(1 - actions**2)).sum(axis=2)
+        actor = small_model(policy_kwargs={"ensemble_size": 3, "net_arch": [4]}).actor
+        got = actor.log_prob_of_actions(*(th.as_tensor(x) for x in (mean, log_std, actions)))
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4)
+        # On the bounds it is finite
+        on_bounds = actor.log_prob_of_actions(th.zeros(1, 1, 2), th.zeros(1, 1, 2), th.tensor([[[1.0, -1.0]]]))
+        assert th.isfinite(on_bounds).all()
+
+    def test_first_updates_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One step of gradient ascent on each member's own likelihood, the critics' update as ever, then CQL's actor."""
+        policy_kwargs = {"ensemble_size": 2, "net_arch": [8], "optimizer_class": th.optim.SGD}
+        dataset = make_dataset(n_episodes=2, length=10)
+        imitating, plain = (
+            small_model(dataset=dataset, policy_kwargs=policy_kwargs, offline_learning_rate=0.1, offline_bc_steps=n)
+            for n in (1, 0)
+        )
+        batch = imitating.replay_buffer.sample_offline(2 * 4)
+        for model in (imitating, plain):
+            monkeypatch.setattr(model.replay_buffer, "sample_offline", lambda *args, **kwargs: batch)
+        before = deepcopy(imitating.actor)
+        for model in (imitating, plain):
+            model.set_logger(configure(None, []))
+            th.manual_seed(0)
+            model.train_offline(gradient_steps=1, batch_size=4)
+        assert_same(parameters_of(imitating.critic), parameters_of(plain.critic))
+
+        params = before.member_action_dist_params(batch.observations, per_member=True)
+        log_prob = before.log_prob_of_actions(*params, batch.actions.view(2, 4, 1))
+        (log_prob[0].mean() + log_prob[1].mean()).backward()
+        with th.no_grad():
+            for parameter in before.parameters():
+                assert parameter.grad is not None
+                parameter.add_(0.1 * parameter.grad)
+        for name, value in before.state_dict().items():
+            th.testing.assert_close(imitating.actor.state_dict()[name], value)
+
+        # From the same actors on, the second update is the same in both
+        plain.actor.load_state_dict(imitating.actor.state_dict())
+        for model in (imitating, plain):
+            th.manual_seed(1)
+            model.train_offline(gradient_steps=1, batch_size=4)
+        assert_same(parameters_of(imitating.actor), parameters_of(plain.actor))
+
+    def test_wrong_numbers(self) -> None:
+        with pytest.raises(ValueError, match=r"`offline_bc_steps` must be at least 0, got -1"):
+            small_model(offline_bc_steps=-1)
+        with pytest.raises(ValueError, match=r"`offline_bc_steps` must be an integer, got 0.5"):
+            small_model(offline_bc_steps=0.5)
 
 
 class Noise:

@@ -18,6 +18,7 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, CnnP
 from torch import nn
 
 from sb3_off2on import EnsembleCQLPolicy, Off2OnSAC, policies
+from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
 from sb3_off2on.policies import EnsembleCnnPolicy, EnsembleMultiInputPolicy, moment_matching
 
 ACTION_SPACE = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32))
@@ -86,8 +87,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {"features_extractor_class": StatelessExtractor}),
     ("cnn", {}),
     ("cnn", {"features_extractor_class": SmallCNN, "features_extractor_kwargs": {}}),
+    ("cnn", {"features_extractor_class": CogCNN, "features_extractor_kwargs": {}}),
+    ("cnn", {"features_extractor_class": StridedCNN, "features_extractor_kwargs": {}}),
     ("cnn", {"share_features_extractor": True, "n_critics": 1}),
     ("multi", {}),
+    ("multi", {"features_extractor_class": FlatCombinedExtractor, "features_extractor_kwargs": {"cnn_class": StridedCNN}}),
     ("multi", {"share_features_extractor": True}),
 ]
 CASE_IDS = [kind + "".join(f"-{getattr(value, '__name__', value)}" for value in kwargs.values()) for kind, kwargs in CASES]

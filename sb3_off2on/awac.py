@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -288,8 +289,8 @@ class AWAC(OfflineToOnline):
 
     def _check_arguments(self) -> None:
         self._check_at_least(offline_gradient_steps=0, offline_batch_size=1, first_update_multiplier=1)
-        if not self.awac_lambda > 0:
-            raise ValueError(f"`awac_lambda` must be above 0, got {self.awac_lambda}")
+        if not 0 < self.awac_lambda < math.inf:
+            raise ValueError(f"`awac_lambda` must be above 0 and finite, got {self.awac_lambda}")
         self._replay_without_priorities()
 
     def _setup_model(self) -> None:

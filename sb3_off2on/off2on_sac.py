@@ -1,3 +1,4 @@
+import math
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -246,8 +247,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         )
         self._check_integers("offline_bc_steps", "cql_n_actions", "first_update_multiplier", "target_update_interval")
         for name in ("cql_temp", "priority_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.initial_online_fraction < 1:
             raise ValueError(f"`initial_online_fraction` (rho) must be in [0, 1), got {self.initial_online_fraction}")
         if self.target_q not in ("member", "mean"):

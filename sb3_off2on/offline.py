@@ -179,12 +179,14 @@ class OfflineToOnline(Resumable, Guarded):
     def _check_at_least(self, **minima: float) -> None:
         """
         :param minima: names of arguments and the smallest value of each
-        :raises ValueError: if one is below it
+        :raises ValueError: if one is below it, or not finite
         """
         for name, minimum in minima.items():
             self._check_number(name)
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}")
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"`{name}` must be finite, got inf")
 
     def _check_number(self, name: str) -> None:
         """

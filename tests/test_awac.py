@@ -324,8 +324,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("kwargs", "match"),
         [
-            ({"awac_lambda": 0.0}, "`awac_lambda` must be above 0, got 0.0"),
-            ({"awac_lambda": float("nan")}, "`awac_lambda` must be above 0, got nan"),
+            ({"awac_lambda": 0.0}, "`awac_lambda` must be above 0 and finite, got 0.0"),
+            ({"awac_lambda": float("nan")}, "`awac_lambda` must be above 0 and finite, got nan"),
             ({"policy_kwargs": {"actor_weight_decay": -1e-4}}, "`actor_weight_decay` must be at least 0, got -0.0001"),
             (
                 {"policy_kwargs": {"optimizer_class": th.optim.Rprop}},

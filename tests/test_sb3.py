@@ -797,7 +797,7 @@ class TestOrder:
     [
         ({"first_update_multiplier": 2.5}, "`first_update_multiplier` must be an integer, got 2.5"),
         ({"offline_batch_size": 2.5}, "`offline_batch_size` must be an integer, got 2.5"),
-        ({"offline_gradient_steps": float("inf")}, "`offline_gradient_steps` must be an integer, got inf"),
+        ({"offline_gradient_steps": float("inf")}, "`offline_gradient_steps` must be finite, got inf"),
         ({"learning_starts": -5}, "`learning_starts` must be at least 0, got -5"),
         ({"target_update_interval": 0}, "`target_update_interval` must be at least 1, got 0"),
     ],

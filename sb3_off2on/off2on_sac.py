@@ -572,19 +572,24 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.policy.set_training_mode(True)
         self.actor.set_training_mode(False)
         update_learning_rate(self.critic.optimizer, learning_rate)
+        ensemble_size = self.policy.ensemble_size
         for _ in range(gradient_steps):
+            self._n_fqe_updates += 1
+            self._n_offline_updates += 1
             # Each member learns from a minibatch of its own, as in train_offline()
-            n_rows = self.policy.ensemble_size * batch_size
-            replay_data = self.replay_buffer.sample_offline(n_rows, env=self._vec_normalize_env)
+            replay_data = self.replay_buffer.sample_offline(ensemble_size * batch_size, env=self._vec_normalize_env)
+            if self._has_fault(replay_data, ensemble_size):
+                continue
             q_values, td_errors = fqe_errors(self.policy, replay_data, self.gamma)
             # Sums over all networks keep them independent: no gradient of one depends on another
             critic_loss = td_errors.pow(2).mean(dim=2).sum()
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
+            tensors = {"current_q_values": q_values, "td_errors": td_errors, "critic_loss": critic_loss}
+            if self._has_fault(replay_data, ensemble_size, self.critic.optimizer, **tensors):
+                continue
             self.critic.optimizer.step()
 
-            self._n_fqe_updates += 1
-            self._n_offline_updates += 1
             if self._n_fqe_updates % self.target_update_interval == 0:
                 polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)

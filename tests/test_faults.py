@@ -237,6 +237,22 @@ class TestUpdates:
         assert_same(before["critic"], model.critic.state_dict())
         assert model_of(cls, dataset=make_dataset(), max_abs_q=math.inf).learn_offline(gradient_steps=1).pretrained
 
+    def test_fitted_q_evaluation(self) -> None:
+        model = model_of(Off2OnSAC, dataset=make_dataset(n_episodes=2, length=20)).learn_offline(gradient_steps=2)
+        model.fit_fqe(gradient_steps=2)
+        rewards = model.dataset.rewards.copy()
+        for value, message in (
+            (np.nan, r"`rewards` hold nan"),
+            (1e30, r"`current_q_values` are|`td_errors` are|`critic_loss` is inf"),
+        ):
+            model.dataset.rewards[:] = value
+            before = state_of(model)
+            with pytest.raises(NumericalFault, match=message):
+                model.fit_fqe(gradient_steps=1)
+            assert_same(before, state_of(model))
+        model.dataset.rewards[:] = rewards
+        model.fit_fqe(gradient_steps=1)
+
     @pytest.mark.parametrize("cls", ALGORITHMS)
     def test_parameters_are_named(self, cls: Any) -> None:
         model = model_of(cls, dataset=make_dataset())

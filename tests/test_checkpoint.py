@@ -183,6 +183,24 @@ class TestExactResume:
                 warnings.filterwarnings("ignore", "Nothing to do in `learn")
                 assert_same(everything(run("auto", str(number))), expected, path.name)
 
+    def test_fitted_q_evaluation(self, tmp_path: Path, dataset: Any) -> None:
+        """Three calls, of which a checkpoint may interrupt each."""
+
+        def run(resume: str | None, folder: str) -> Any:
+            callback = ResumableCheckpointCallback(tmp_path / folder, 2, keep=50, resume=resume)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Nothing to do in `")
+                model = make().learn_offline(dataset, 4, callback=callback)
+                return model.fit_fqe(gradient_steps=6, callback=callback).learn(20, callback=callback)
+
+        model = run(None, "run")
+        assert model.num_timesteps == 4 + 6 + 20
+        expected = everything(model)
+        for number, path in enumerate(find_checkpoints(tmp_path / "run")):
+            shutil.copytree(path, tmp_path / str(number) / path.name)
+            disturb()
+            assert_same(everything(run("auto", str(number))), expected, path.name)
+
     def test_before_the_first_step(self, tmp_path: Path, dataset: Any) -> None:
         """The first reset is yet to come, in the run that goes on and in the one that is resumed."""
         cases: dict[str, dict[str, Any]] = {"seed": {}, "no seed": {"seed": None}}

@@ -113,6 +113,29 @@ def reproduce(figure: str, data: str, out: Path, *more: str) -> None:
 
 
 class TestCommand:
+    def test_pretraining_goes_on(self, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From its last checkpoint, to the agents of a run that nobody stopped."""
+        monkeypatch.setattr(runs, "CHECKPOINT_FREQ", 1)
+
+        def stop_at_3(done: int) -> None:
+            if done == 3:
+                raise KeyboardInterrupt
+
+        agents = []
+        for folder, is_stopped in (("whole", False), ("stopped", True)):
+            for job in jobs_of(data, tmp_path / folder, "fqe_init", "--offline-steps", "16")[:2]:
+                if is_stopped:
+                    with pytest.raises(KeyboardInterrupt):
+                        runs.run_job(job, stop_at_3)
+                    assert max(path.name for path in job.folder.glob("*/*")).startswith("000002_")
+                reports: list[int] = []
+                runs.run_job(job, reports.append)
+                assert reports == list(range(3 if is_stopped else 1, job.n_steps + 1))
+                assert not (job.folder / "checkpoints").exists()
+                agents.append(Off2OnSAC.load(job.folder / "model").policy.state_dict())
+        assert_same(agents[2], agents[0])
+        assert_same(agents[3], agents[1])
+
     def test_stopped_and_repeated(
         self, data: str, tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -32,11 +32,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.awac import AWAC
 from sb3_off2on.bcq import BCQ
-from sb3_off2on.callbacks import ActionAUROCCallback
+from sb3_off2on.callbacks import ActionAUROCCallback, ResumableCheckpointCallback
 from sb3_off2on.off2on_sac import Off2OnSAC
 from sb3_off2on.offline import OfflineToOnline
 from sb3_off2on.reproduce.analyses import FIRST_ROWS_FILE
 from sb3_off2on.reproduce.systems import Job
+
+# Of a job that pretrains: a folder, and how many updates may be lost
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_FREQ = 1000
 
 
 class ReportCallback(BaseCallback):
@@ -121,15 +125,17 @@ def write_record(folder: Path, **record: Any) -> None:
 
 def run_job(job: Job, report: Callable[[int], None]) -> None:
     """
-    Train. What an interrupted attempt left is deleted; the error of one that fails is in ``error.txt``.
+    Train. Of what an interrupted attempt left, pretraining goes on from its last checkpoint; the rest is deleted. The error
+    of one that fails is in ``error.txt``.
 
     :param job: what to train
     :param report: takes the number of steps done
     """
     th.set_num_threads(1)
-    if job.folder.exists():
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for path in job.folder.iterdir():
+        if path.is_file():
+            path.unlink()
     write_record(job.folder, settings=job.settings, finished=False)
     start = time.time()
     try:
@@ -137,6 +143,7 @@ def run_job(job: Job, report: Callable[[int], None]) -> None:
     except Exception:
         (job.folder / "error.txt").write_text(traceback.format_exc())
         raise
+    shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
     write_record(job.folder, settings=job.settings, finished=True, seconds=round(time.time() - start), **record)
 
 
@@ -164,7 +171,8 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         )
         learn = model.learn_offline
     model.set_logger(configure(str(job.folder), ["csv"]))
-    learn(gradient_steps=settings["gradient_steps"], callback=ReportCallback(report))
+    checkpoints = ResumableCheckpointCallback(job.folder / CHECKPOINTS, CHECKPOINT_FREQ, resume="auto")
+    learn(gradient_steps=settings["gradient_steps"], callback=[ReportCallback(report), checkpoints])
     model.logger.close()
     model.save(job.folder / "model")
     return {}

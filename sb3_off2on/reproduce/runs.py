@@ -171,7 +171,8 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         )
         learn = model.learn_offline
     model.set_logger(configure(str(job.folder), ["csv"]))
-    checkpoints = ResumableCheckpointCallback(job.folder / CHECKPOINTS, CHECKPOINT_FREQ, resume="auto")
+    model.resume(job.folder / CHECKPOINTS)
+    checkpoints = ResumableCheckpointCallback(job.folder / CHECKPOINTS, CHECKPOINT_FREQ)
     learn(gradient_steps=settings["gradient_steps"], callback=[ReportCallback(report), checkpoints])
     model.logger.close()
     model.save(job.folder / "model")

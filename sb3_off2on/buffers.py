@@ -601,6 +601,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.random_shift, self._is_image = 0, False  # of pickles from before there were these
         self.__dict__.update(state)
         if self.buffer_device is not None:
             try:

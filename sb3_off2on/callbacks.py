@@ -5,6 +5,7 @@ import signal
 import threading
 import warnings
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -446,7 +447,8 @@ class ResumableCheckpointCallback(BaseCallback):
         ``CheckpointCallback``
     :param keep: how many checkpoints to keep
     :param resume: ``"auto"`` for a script that may be started again: a new model goes on from the newest checkpoint that is
-        not damaged, if there is one. Calls that were completed before return at once, the interrupted one is completed
+        not damaged, if there is one. Calls that were completed before return at once, the interrupted one is completed.
+        That is for one call of each method: a script with several of ``learn()`` has to count by ``model.num_timesteps``
     :param verbose: 1 to print when a run goes on and when a signal comes, 2 for each checkpoint
     :raises ValueError: if an argument is out of its range. When training starts: if the model has no offline phase, or is new
         and the folder holds checkpoints that it is not told to go on from; or see ``OfflineToOnline.resume``
@@ -480,7 +482,7 @@ class ResumableCheckpointCallback(BaseCallback):
         :param model: which is about to learn
         """
         os.makedirs(self.folder, exist_ok=True)  # now rather than after hours
-        if model.num_timesteps == 0:
+        if Path(self.folder).resolve() != model._checkpoint_folder:  # which is not the one that it goes on from, or writes to
             if self.resume == "auto":
                 if model.resume(self.folder) and self.verbose >= 1:
                     print(f"Going on at {model.num_timesteps} steps from {self.folder}")

@@ -118,7 +118,7 @@ def decode(value: Any, tensors: dict[str, th.Tensor], read_array: Callable[[str]
             return {inner(key): inner(part) for key, part in items}
         case {"__class__": name} | {"__object__": name}:
             found = _find_class(name)
-            if found is None:
+            if found is None or ("__object__" in value and name not in _OBJECTS):
                 raise ValueError(f"The class {name!r} is not one that a checkpoint may name")
             if "__class__" in value:
                 return found
@@ -205,7 +205,7 @@ def write_checkpoint(folder: str | os.PathLike[str], state: dict[str, Any], n_st
     number = max([int(path.name.split("_")[0]) for path in find_checkpoints(folder)], default=0) + 1
     checkpoint = folder / f"{number:06d}_{n_steps}_steps"
     for leftover in folder.glob(".*_steps.partial"):  # of a run that was killed
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished = folder / f".{checkpoint.name}.partial"
     unfinished.mkdir()
     try:
@@ -243,9 +243,13 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is missing: the checkpoint is damaged")
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: the checkpoint is damaged")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-                raise ValueError(f"{path} does not have the checksum that it was written with: the checkpoint is damaged")
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if digest != checksum:
+            raise ValueError(f"{path} does not have the checksum that it was written with: the checkpoint is damaged")
 
     def read_array(name: str) -> np.ndarray:
         path = checkpoint / Path(name).name

@@ -36,7 +36,7 @@ class Guarded(OffPolicyAlgorithm):
     ) -> bool:
         """
         Whether an update must not go on: to be asked about each minibatch, and again before each step of an optimizer. On the
-        CPU this looks each time, on an accelerator now and then.
+        CPU, and to skip, this looks each time; on an accelerator now and then.
 
         :param replay_data: the minibatch
         :param n_batches: of how many minibatches of equal size it consists, one behind the other
@@ -47,7 +47,7 @@ class Guarded(OffPolicyAlgorithm):
         :raises NumericalFault: if it is not to be left out
         """
         self._n_checks += 1
-        if self.device.type != "cpu" and self._n_checks % ACCELERATOR_CHECK_INTERVAL != 0:
+        if self.on_fault == "raise" and self.device.type != "cpu" and self._n_checks % ACCELERATOR_CHECK_INTERVAL != 0:
             return False
         minibatch = flat({name: getattr(replay_data, name) for name in MINIBATCH_FIELDS})
         if optimizer is not None:

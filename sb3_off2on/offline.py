@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -657,7 +658,8 @@ class OfflineToOnline(Resumable, Guarded):
             dead_workers = close_dead_workers(env)
             if not dead_workers:
                 raise
-            self._last_obs = None
+            self._last_obs, self._in_rollout = None, False
+            self._between_steps()  # a signal that ended the workers, too, gets its checkpoint
             raise RuntimeError(
                 f"The worker of environment {' and '.join(dead_workers)}. What it printed tells why. The model is as it was "
                 "after the last complete step: it can be saved, and set_env() gives it new environments"
@@ -729,7 +731,7 @@ class OfflineToOnline(Resumable, Guarded):
         folder = self._session and self._session["log_folder"]
         if folder and self.tensorboard_log is not None and tb_log_name == self._tb_log_name:
             outputs = ["stdout", "tensorboard"] if self.verbose >= 1 else ["tensorboard"]
-            self._logger = configure(os.path.join(self.tensorboard_log, folder), outputs)
+            self._logger = configure(os.path.join(self.tensorboard_log, Path(folder).name), outputs)
             return
         is_ours = self.tensorboard_log is not None and tb_log_name == self._tb_log_name and hasattr(self, "_logger")
         if reset_num_timesteps or not is_ours:
@@ -759,7 +761,7 @@ class OfflineToOnline(Resumable, Guarded):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        not_saved = ["_callback", "_session", "_sound_normalization"]
+        not_saved = ["_callback", "_session", "_sound_normalization", "_checkpoint_folder"]
         return [*super()._excluded_save_params(), *self._dataset_params, *not_saved]
 
 

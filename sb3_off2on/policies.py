@@ -130,6 +130,10 @@ def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Ten
     :return: functions from shape ``(batch_size, in_features)`` to ``(batch_size, out_features)``
     """
     if isinstance(stacked, nn.Sequential):
+        layers = list(stacked)
+        linear = [layer for layer in layers[::2] if isinstance(layer, EnsembleLinear)]
+        if 2 * len(linear) == len(layers) + 1 and all(type(layer) is nn.ReLU for layer in layers[1::2]):
+            return _unstack_relu_mlps(linear)
         networks = zip(*(unstack_modules(layer, n_modules) for layer in stacked), strict=True)
         return [partial(reduce, lambda x, layer: layer(x), layers) for layers in networks]
     if isinstance(stacked, EnsembleLinear):
@@ -139,6 +143,32 @@ def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Ten
         states = [{name: value[index] for name, value in stacked.template.state_dict().items()} for index in range(n_modules)]
         return [partial(functional_call, stacked.template, state) for state in states]
     return [stacked] * n_modules
+
+
+def _unstack_relu_mlps(layers: Sequence[EnsembleLinear]) -> list[Callable[[th.Tensor], th.Tensor]]:
+    """
+    As ``relu(x + b) = max(x, -b) + b``, one pass over a layer's rows does for two: what is added goes into the next layer's
+    bias.
+
+    :param layers: the linear layers, with a ReLU between any two
+    :return: see ``unstack_modules``
+    """
+    weights, biases = [], []
+    added = layers[0].weight.new_zeros(layers[0].weight.shape[0], layers[0].weight.shape[2])
+    for layer in layers:
+        added = th.baddbmm(layer.bias.unsqueeze(2), layer.weight, added.unsqueeze(2)).squeeze(2)
+        weights.append(pad_columns(layer.weight).transpose(1, 2))
+        biases.append(added)
+    lows = [-bias for bias in biases[:-1]]
+
+    def run(network: int, x: th.Tensor) -> th.Tensor:
+        for weight, low in zip(weights[:-1], lows, strict=True):
+            x = pad_columns(x) @ weight[network]
+            # In place, as the product is still in the cache
+            x = th.maximum(x, low[network], out=x)
+        return _linear(weights[-1][network], biases[-1][network], x)
+
+    return [partial(run, network) for network in range(len(added))]
 
 
 def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:

@@ -171,11 +171,13 @@ def set_state(model: Any, state: dict[str, Any]) -> None:
     """
     model.replay_buffer.set_state(state["replay"])
     model.set_parameters(state["parameters"])
-    for name, value in state["variables"].items():
+    # Names are the model's own: a file that somebody made up sets nothing else
+    for name in model._get_torch_save_params()[1]:
         # In place, because an optimizer holds the variable
-        recursive_getattr(model, name).data = value.to(model.device)
-    for name, value in state["counters"].items():
-        setattr(model, name, value)
+        recursive_getattr(model, name).data = state["variables"][name].to(model.device)
+    for name in _COUNTERS:
+        if name in state["counters"]:
+            setattr(model, name, state["counters"][name])
     for name in ("ep_info_buffer", "ep_success_buffer"):
         setattr(model, name, deque(state[name], maxlen=model._stats_window_size))
     for name, attributes in _statistics(model).items():
@@ -242,7 +244,7 @@ def set_session(model: Any, session: dict[str, Any], callback: BaseCallback) -> 
         model.logger.name_to_excluded[name] = excluded
     for child, (name, attributes) in zip(iterate_callbacks(callback), session["callbacks"], strict=False):
         if type(child).__name__ == name:
-            vars(child).update(attributes)
+            vars(child).update({name: attributes[name] for name in _CALLBACK_STATE if name in attributes})
 
 
 class Resumable(OffPolicyAlgorithm):
@@ -254,6 +256,8 @@ class Resumable(OffPolicyAlgorithm):
     # What a checkpoint holds of the logger and the callbacks, until there are some
     _session: dict[str, Any] | None = None
     _callback: BaseCallback | None = None
+    # Where checkpoints of this model are
+    _checkpoint_folder: Path | None = None
     # The seed of the environment's last reset, as long as no step was taken since
     _env_seed: int | None = None
     _in_rollout: bool = False
@@ -286,8 +290,13 @@ class Resumable(OffPolicyAlgorithm):
             generator.set_state(np.random.get_state())
             seed = (int(generator.randint(2**31 - 1)) + self.num_timesteps) % 2**31
             if self.env is not None and self._at_episode_start:
-                self._start_episodes(seed)
-        return write_checkpoint(folder, get_state(self, seed), self.num_timesteps, keep)
+                try:
+                    self._start_episodes(seed)
+                except (EOFError, OSError):  # of workers that ended, as they do at a Ctrl-C
+                    self._last_obs = None
+        path = write_checkpoint(folder, get_state(self, seed), self.num_timesteps, keep)
+        self._checkpoint_folder = path.parent.resolve()
+        return path
 
     @classmethod
     def load_checkpoint(
@@ -360,6 +369,7 @@ class Resumable(OffPolicyAlgorithm):
             raise ValueError(f"{path}: {error}") from error
         set_state(self, state)
         self._to_complete = self._call
+        self._checkpoint_folder = path.parent.resolve()
 
     @property
     def _at_episode_start(self) -> bool:

@@ -40,6 +40,7 @@ def watched_workers(env: VecEnv | None) -> Iterator[None]:
     try:
         yield
     finally:
+        sender.send(None)  # closing would not do: a process forked in the meantime has a copy of this end
         sender.close()
         thread.join()
         receiver.close()

@@ -150,7 +150,7 @@ class TestExactResume:
         for path in checkpoints if case == "Off2OnSAC" else random.Random(0).sample(checkpoints, 3):
             disturb()
             loaded = cls.load_checkpoint(path, make_env(), dataset, device="cpu")
-            train(loaded, dataset, ResumableCheckpointCallback(tmp_path / "other", save_freq=1))
+            train(loaded, dataset, ResumableCheckpointCallback(tmp_path / "other" / path.name, save_freq=1))
             assert_same(everything(loaded), expected, path.name)
 
     def test_subprocesses(self, tmp_path: Path, dataset: Any) -> None:
@@ -330,6 +330,35 @@ class TestCallsAfterLoading:
             Off2OnSAC.load_checkpoint(tmp_path, env())
         with pytest.raises(ValueError, match=r"the dataset's fingerprint differs"):
             Off2OnSAC.load_checkpoint(tmp_path, env(), make_dataset(4, 20, seed=1, env=env()))
+
+
+class TestModelsOfSaves:
+    """A model from SB3's ``load()`` is in the middle of its training, but not in that of the folder's checkpoints."""
+
+    def test_goes_on_or_is_refused(self, tmp_path: Path, dataset: Any) -> None:
+        make().learn_offline(dataset, 4).save(tmp_path / "model")
+
+        def load() -> Any:
+            return Off2OnSAC.load(tmp_path / "model", Timed(), dataset=dataset)
+
+        first = load().learn(20, callback=ResumableCheckpointCallback(tmp_path / "run", 5, resume="auto"))
+        with pytest.raises(ValueError, match=r"holds checkpoints, the newest is .*_24_steps: go on from it"):
+            load().learn(20, callback=ResumableCheckpointCallback(tmp_path / "run", 5))
+        with pytest.warns(UserWarning, match=r"Nothing to do in `learn\(20\)`"):
+            again = load().learn(20, callback=ResumableCheckpointCallback(tmp_path / "run", 5, resume="auto"))
+        assert_same(everything(again), everything(first))
+
+    def test_foreign_names_are_left_out(self, tmp_path: Path, dataset: Any) -> None:
+        """Of the model, and of callbacks, of which one has a folder that it deletes from."""
+        model = make().learn_offline(dataset, 2)
+        state = read_checkpoint(model.save_checkpoint(tmp_path / "run"))
+        state["counters"]["tensorboard_log"] = "elsewhere"
+        state["variables"]["actor.mu.bias"] = th.ones(1)
+        state["session"]["callbacks"] = [("ResumableCheckpointCallback", {"n_calls": 7, "folder": "elsewhere"})]
+        resume.set_state(model, state)
+        callback = ResumableCheckpointCallback(tmp_path / "run", 5)
+        resume.set_session(model, state["session"], callback)
+        assert (model.tensorboard_log, callback.n_calls, callback.folder) == (None, 7, tmp_path / "run")
 
 
 class TestSession:

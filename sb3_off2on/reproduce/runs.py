@@ -143,8 +143,8 @@ def run_job(job: Job, report: Callable[[int], None]) -> None:
     except Exception:
         (job.folder / "error.txt").write_text(traceback.format_exc())
         raise
-    shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
     write_record(job.folder, settings=job.settings, finished=True, seconds=round(time.time() - start), **record)
+    shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
 
 
 def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:

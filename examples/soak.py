@@ -83,11 +83,13 @@ class Watch(BaseCallback):
         if self.elapsed >= min(self.next_line, self.minutes):
             self.next_line += 1
             self.check()
+        if self.elapsed >= self.minutes:
+            return False
         if self.elapsed >= self.next_kill and "gradient_steps" not in self.locals:
             self.next_kill += self.warm_up
             assert isinstance(self.training_env, SubprocVecEnv)
             os.kill(self.training_env.processes[-1].pid or 0, signal.SIGKILL)
-        return self.elapsed < self.minutes
+        return True
 
 
 def make_workers(dataset: OfflineDataset, seed: int) -> VecEnv:

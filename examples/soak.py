@@ -7,6 +7,7 @@ the rounding of the sum-tree drift. Linux only.
 """
 
 import argparse
+import gc
 import math
 import os
 import signal
@@ -50,7 +51,6 @@ class Watch(BaseCallback):
         self.minutes = minutes
         self.start = time.monotonic()
         self.warm_up = min(10.0, minutes / 2)  # when memory and descriptors must have reached their size
-        self.reference: tuple[float, int] | None = None
         self.next_line = 0.0
         self.n_updates = self.n_rows = self.n_rounds = self.n_killed = 0
         self.tree_error = 0.0
@@ -66,11 +66,8 @@ class Watch(BaseCallback):
         assert isinstance(self.model, Off2OnSAC)
         tree = self.model.replay_buffer._tree
         self.tree_error = max(self.tree_error, abs(tree.total / math.fsum(tree.leaves) - 1))
-        memory, descriptors = resident_megabytes(), open_descriptors()
-        if self.reference is None and self.elapsed >= self.warm_up:
-            self.reference = memory, descriptors
         print(
-            f"{self.elapsed:6.1f} min {memory:8.1f} MB {descriptors:4d} descriptors  tree {self.tree_error:.1e}  "
+            f"{self.elapsed:6.1f} min {resident_megabytes():8.1f} MB {open_descriptors():4d} descriptors  tree {self.tree_error:.1e}  "
             f"{self.n_updates} updates, {self.n_rows} rows, {self.n_rounds} models loaded, {self.n_killed} workers killed",
             flush=True,
         )
@@ -108,6 +105,7 @@ def main() -> None:
     env = make_workers(dataset, arguments.seed)
     eval_env = make_vec_env(dataset.make_env, seed=arguments.seed + 100)
     watch = Watch(arguments.minutes)
+    sizes: list[tuple[float, float, int]] = []  # minutes, megabytes, descriptors after each round, when nothing is halfway
     model = Off2OnSAC(
         "MlpPolicy",
         env,
@@ -144,17 +142,18 @@ def main() -> None:
             model = Off2OnSAC.load(model_path, env=env, dataset=dataset)
             model.load_replay_buffer(replay_path)
             watch.n_rounds += 1
+            gc.collect()  # worker processes have descriptors, which they close when they are collected
+            sizes.append((watch.elapsed, resident_megabytes(), open_descriptors()))
         watch.model = model
         watch.check()
         logger.close()
-        memory, descriptors = resident_megabytes(), open_descriptors()
     env.close()
     eval_env.close()
 
-    assert watch.reference is not None
-    first_memory, first_descriptors = watch.reference
-    print(f"\nResident size {first_memory:.1f} MB at {watch.warm_up:g} minutes, {memory:.1f} MB at the end")
-    print(f"Descriptors {first_descriptors} at {watch.warm_up:g} minutes, {descriptors} at the end")
+    start, first_memory, first_descriptors = next((size for size in sizes if size[0] >= watch.warm_up), sizes[-1])
+    _, memory, descriptors = sizes[-1]
+    print(f"\nResident size {first_memory:.1f} MB at {start:.1f} minutes, {memory:.1f} MB at the end")
+    print(f"Descriptors {first_descriptors} at {start:.1f} minutes, {descriptors} at the end")
     print(f"Sum-tree against the sum of its leaves: relative difference of at most {watch.tree_error:.1e}")
     if memory > (1 + MAX_MEMORY_GROWTH) * first_memory or descriptors > first_descriptors or watch.tree_error > MAX_TREE_ERROR:
         raise SystemExit("Something grows: see above")

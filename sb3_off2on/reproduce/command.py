@@ -120,6 +120,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     given.add_argument("--ensemble-size", type=int, default=5, help="N of the systems that do not fix it")
     given.add_argument("--offline-batch-size", type=int, help="rows per member and offline update")
     given.add_argument("--cql-n-actions", type=int, help="sampled actions of CQL's term, each of three kinds")
+    given.add_argument("--batch-size", type=int, help="rows per online update of every algorithm")
+    given.add_argument("--learning-rate", type=float, help="of Off2OnSAC's actor online (paper: 3e-4, 3e-5 or 5e-6, by dataset)")
+    given.add_argument("--ent-coef", help="of Off2OnSAC online, as SAC's `ent_coef`: auto_0.1 starts at 0.1 instead of 1")
     return parser
 
 
@@ -131,8 +134,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int) and value < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}")
-    if not args.scale > 0:
-        raise ValueError(f"`--scale` must be above 0, got {args.scale}")
+    for name in ("scale", "learning_rate"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be above 0, got {value}")
 
 
 def main(argv: Sequence[str], prog: str = "sb3-off2on reproduce") -> None:

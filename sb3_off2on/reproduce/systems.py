@@ -210,7 +210,10 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
     }
     if system.config in ("SAC", "TQC", "CrossQ"):
         # Without data: one run serves all datasets of the environment
-        settings.update(algorithm=system.algorithm, hyperparameters={"buffer_size": online_steps}, dataset=None)
+        kwargs = {"buffer_size": online_steps}
+        if args.batch_size is not None:
+            kwargs["batch_size"] = args.batch_size
+        settings.update(algorithm=system.algorithm, hyperparameters=kwargs, dataset=None)
         yield Job(folder / name / f"seed_{seed}", settings, online_steps, task)
         return
 
@@ -237,6 +240,12 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
     kwargs = adapted(hyperparameters(system.config), args, ensemble_size)
     del kwargs["offline_gradient_steps"]
     kwargs.update(system.changes, buffer_size=online_steps)
+    if args.batch_size is not None:
+        kwargs["batch_size"] = args.batch_size
+    if system.algorithm == "Off2OnSAC":
+        for option in ("learning_rate", "ent_coef"):
+            if getattr(args, option) is not None:
+                kwargs[option] = getattr(args, option)
     settings.update(data, algorithm=system.algorithm, hyperparameters=kwargs, vae_steps=max(round(VAE_STEPS * args.scale), 1))
     yield Job(folder / name / f"seed_{seed}", settings, online_steps, task, before.folder if before else None)
 

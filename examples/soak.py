@@ -67,7 +67,8 @@ class Watch(BaseCallback):
         tree = self.model.replay_buffer._tree
         self.tree_error = max(self.tree_error, abs(tree.total / math.fsum(tree.leaves) - 1))
         print(
-            f"{self.elapsed:6.1f} min {resident_megabytes():8.1f} MB {open_descriptors():4d} descriptors  tree {self.tree_error:.1e}  "
+            f"{self.elapsed:6.1f} min {resident_megabytes():8.1f} MB {open_descriptors():4d} descriptors  "
+            f"tree {self.tree_error:.1e}  "
             f"{self.n_updates} updates, {self.n_rows} rows, {self.n_rounds} models loaded, {self.n_killed} workers killed",
             flush=True,
         )

@@ -136,6 +136,43 @@ class TestCommand:
         assert_same(agents[2], agents[0])
         assert_same(agents[3], agents[1])
 
+    @pytest.mark.parametrize("name", ["off2on", "awac"])
+    def test_run_goes_on(
+        self, name: str, data: str, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From its last checkpoint, to the logs of a run that nobody stopped, also if stopped twice at the same place."""
+        monkeypatch.setattr(runs, "CHECKPOINT_FREQ", 20)
+        shutil.copytree(pretrained / TASK / "pretrained", tmp_path / TASK / "pretrained")
+        job = jobs_of(data, tmp_path, name, "--online-steps", "100")[-1]
+        runs.run_job(job, lambda done: None)
+        whole, whole_share = Run(job.folder), Run(job.folder).logged("replay/offline_fraction")
+        rows = (job.folder / "first_online_rows.npz").read_bytes()
+        shutil.rmtree(job.folder)
+
+        for stop, first in ((55, 1), (58, 41), (77, 41)):  # episodes have 20 steps
+            reports: list[int] = []
+
+            def report(done: int, stop: int = stop, reports: list[int] = reports) -> None:
+                reports.append(done)
+                if done == stop:
+                    raise RuntimeError("the machine went away")
+
+            with pytest.raises(RuntimeError, match="the machine went away"):
+                runs.run_job(job, report)
+            assert reports == list(range(first, stop + 1))
+            assert not job.is_finished()
+        reports.clear()
+        runs.run_job(job, reports.append)
+        assert reports == list(range(61, 101))
+        run = Run(job.folder)
+        assert run.steps.tolist() == whole.steps.tolist()
+        assert run.start == whole.start
+        assert run.progress["time/total_timesteps"].tolist() == whole.progress["time/total_timesteps"].tolist()
+        for part, expected in zip(run.logged("replay/offline_fraction"), whole_share, strict=True):
+            np.testing.assert_array_equal(part, expected)
+        assert (job.folder / "first_online_rows.npz").read_bytes() == rows
+        assert not (job.folder / "checkpoints").exists()
+
     def test_stopped_and_repeated(
         self, data: str, tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -192,6 +229,7 @@ class TestCommand:
             assert f"sb3-off2on reproduce {figure} --dataset {data} --offline-steps 4" in report
             assert command.FIGURES[figure].claim in report
             assert "| Off2On | 2 |" in report
+            assert f"### {command.FIGURES[figure].label}: {Task((data,), None).dataset_name}" in report
             assert f"torch {th.__version__}" in report
             assert "Failed" not in report
 
@@ -480,6 +518,24 @@ class TestAnalyses:
         assert "final, normalized" not in unknown
         assert analyses.markdown_table(unknown).splitlines()[2].startswith("| first | A | 2 | 5.0 |")
 
+    def test_tables_of_curves(self) -> None:
+        """Interquartile means at steps that all curves have; quantiles of what a histogram shows."""
+        rows = [("A", "", seed, step, float(seed + step)) for seed in range(2) for step in range(0, 101, 10)]
+        rows += [("B", "part", 0, step, 2.0 * step) for step in range(20, 91, 10)]
+        results = pd.DataFrame(rows, columns=["system", "curve", "seed", "step", "value"])
+        table = analyses.curve_table(results, n_steps=3)
+        assert table.to_dict("list") == {
+            "step": ["A", "B: part"],
+            "20": ["20.5 [20.0, 21.0]", "40.0"],
+            "60": ["60.5 [60.0, 61.0]", "120.0"],
+            "90": ["90.5 [90.0, 91.0]", "180.0"],
+        }
+        assert analyses.curve_table(results[results["step"] == 20]).columns.tolist() == ["step", "20"]
+        nothing_in_common = results[(results["system"] == "B") | (results["step"] == 0)]
+        assert analyses.curve_table(nothing_in_common).columns.tolist() == ["step"]
+        quantiles = analyses.quantile_table(pd.DataFrame({"curve": ["x"] * 101, "value": np.arange(101.0)}))
+        assert quantiles.to_numpy().tolist() == [["x", "5.0", "25.0", "50.0", "75.0", "95.0"]]
+
     def test_plots(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A line and a shade for each curve at the interquartile means, a panel for each dataset."""
         drawn: list[Any] = []
@@ -532,6 +588,8 @@ class TestWrongUse:
             (["--seeds", "0"], r"`--seeds` must be at least 1, got 0"),
             (["--offline-steps", "0"], r"`--offline-steps` must be at least 1, got 0"),
             (["--scale", "0"], r"`--scale` must be above 0, got 0.0"),
+            (["--learning-rate", "-1"], r"`--learning-rate` must be above 0, got -1.0"),
+            (["--batch-size", "0"], r"`--batch-size` must be at least 1, got 0"),
             (["--ensemble-size", "1"], r"`--ensemble-size 1` is too small: 'Off2On, N=2' needs 2 agents"),
         ],
     )

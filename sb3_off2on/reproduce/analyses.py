@@ -48,8 +48,16 @@ class Run:
 
     @cached_property
     def progress(self) -> pd.DataFrame:
-        """SB3's log: a row for each dump, a column for each key."""
-        return pd.read_csv(self.folder / "progress.csv")
+        """SB3's log: a row for each dump, a column for each key. A run that was interrupted left parts of it."""
+        step = "time/total_timesteps"
+        parts = [pd.DataFrame()]
+        for path in self.folder.glob("progress*.csv"):
+            if path.stat().st_size > 0:
+                part = pd.read_csv(path)
+                _, _, end = path.stem.partition("_")
+                parts.append(part[part[step] <= int(end)] if end else part)
+        rows = pd.concat(parts)
+        return rows.sort_values(step, kind="stable", ignore_index=True) if len(rows) > 0 else rows
 
     def logged(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -337,6 +345,39 @@ def _plot(results: pd.DataFrame, draw: Callable[[Any, pd.DataFrame], None], path
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def curve_table(results: pd.DataFrame, n_steps: int = 6) -> pd.DataFrame:
+    """
+    The curves of a plot in numbers: interquartile means over the seeds at some steps.
+
+    :param results: of ``tidy_results``, of one dataset
+    :param n_steps: at how many steps, of those that all curves have
+    :return: a row for each curve, with text in its cells
+    """
+    curves = {
+        f"{system}: {curve}" if curve else system: rows.groupby("step")["value"].agg(lambda x: _with_interval([x.to_numpy()]))
+        for (system, curve), rows in results.groupby(["system", "curve"], sort=False)
+    }
+    steps = sorted(set.intersection(*(set(values.index) for values in curves.values())))
+    chosen = dict.fromkeys(steps[round(index)] for index in np.linspace(0, len(steps) - 1, n_steps) if steps)
+    return pd.DataFrame([{"step": name, **{f"{step:,}": values[step] for step in chosen}} for name, values in curves.items()])
+
+
+def quantile_table(results: pd.DataFrame) -> pd.DataFrame:
+    """
+    The histograms of a plot in numbers.
+
+    :param results: of ``tidy_results``, of one dataset
+    :return: a row for each curve, with text in its cells
+    """
+    quantiles = {f"{q:.0%}": q for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    return pd.DataFrame(
+        [
+            {"quantile": curve, **{name: f"{rows['value'].quantile(q):,.1f}" for name, q in quantiles.items()}}
+            for curve, rows in results.groupby("curve", sort=False)
+        ]
+    )
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -121,7 +121,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     given.add_argument("--offline-batch-size", type=int, help="rows per member and offline update")
     given.add_argument("--cql-n-actions", type=int, help="sampled actions of CQL's term, each of three kinds")
     given.add_argument("--batch-size", type=int, help="rows per online update of every algorithm")
-    given.add_argument("--learning-rate", type=float, help="of Off2OnSAC's actor online (paper: 3e-4, 3e-5 or 5e-6, by dataset)")
+    given.add_argument("--learning-rate", type=float, help="of Off2OnSAC's actor online (paper: 3e-4, 3e-5 or 5e-6)")
     given.add_argument("--ent-coef", help="of Off2OnSAC online, as SAC's `ent_coef`: auto_0.1 starts at 0.1 instead of 1")
     return parser
 
@@ -213,8 +213,14 @@ def write_results(
     figure = FIGURES[args.figure]
     results = analyses.tidy_results(runs, figure.analysis)
     results.to_csv(folder / "results.csv", index=False)
-    plot = analyses.plot_histograms if figure.analysis is analyses.log_likelihoods else analyses.plot_curves
+    is_histogram = figure.analysis is analyses.log_likelihoods
+    plot = analyses.plot_histograms if is_histogram else analyses.plot_curves
     plot(results, figure.label, folder / f"{args.figure}.png")
+    to_table = analyses.quantile_table if is_histogram else analyses.curve_table
+    tables = [
+        f"### {figure.label}: {dataset}\n\n{analyses.markdown_table(to_table(rows))}"
+        for dataset, rows in results.groupby("dataset", sort=False)
+    ]
     packages = ("sb3_off2on", "stable_baselines3", "torch", "gymnasium", "numpy")
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
     one = next(iter(next(iter(runs.values())).values()))[0].record["settings"]
@@ -222,8 +228,10 @@ def write_results(
         f"# {args.figure}",
         f"The paper: {figure.claim}" if args.figure != "today" else figure.claim,
         f"![{args.figure}]({args.figure}.png)",
-        "Curves: interquartile mean over the seeds; shades: its 95% interval by bootstrap. Table: the same over all runs of a "
-        "row, with a bootstrap that is stratified by dataset. Of less than four runs the interquartile mean is the mean.",
+        "Curves: interquartile mean over the seeds; shades: its 95% interval by bootstrap. Returns: the same over all runs of "
+        "a row, with a bootstrap that is stratified by dataset. Of less than four runs the interquartile mean is the mean.",
+        *tables,
+        "### Returns",
         analyses.markdown_table(analyses.summary(runs, infos)),
         f"Returns are means over {one['eval_episodes']} episodes. behaviour: of the dataset's episodes; offline: before the "
         f"first online step; dip: the lowest evaluation in the first {analyses.DIP_SHARE:.0%} of the online steps; final: the "

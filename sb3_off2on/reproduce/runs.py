@@ -38,7 +38,7 @@ from sb3_off2on.offline import OfflineToOnline
 from sb3_off2on.reproduce.analyses import FIRST_ROWS_FILE
 from sb3_off2on.reproduce.systems import Job
 
-# Of a job that pretrains: a folder, and how many updates may be lost
+# A folder of each job, and how many updates or steps may be lost
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_FREQ = 1000
 
@@ -71,7 +71,6 @@ class FirstRowsCallback(BaseCallback):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.done = False
 
     def _on_step(self) -> bool:
         return True
@@ -79,11 +78,10 @@ class FirstRowsCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         buffer = self.model.replay_buffer
         assert buffer is not None
-        if not self.done and isinstance(buffer.observations, np.ndarray):
+        if self.model._n_updates == 0 and isinstance(buffer.observations, np.ndarray):
             n_rows = buffer.n_online
             observations = buffer.observations[: buffer.size()].reshape(n_rows, -1)
             np.savez(self.path, observations=observations, actions=buffer.actions[: buffer.size()].reshape(n_rows, -1))
-        self.done = True
 
 
 def algorithm_class(name: str) -> Any:
@@ -125,17 +123,15 @@ def write_record(folder: Path, **record: Any) -> None:
 
 def run_job(job: Job, report: Callable[[int], None]) -> None:
     """
-    Train. Of what an interrupted attempt left, pretraining goes on from its last checkpoint; the rest is deleted. The error
-    of one that fails is in ``error.txt``.
+    Train, from the last checkpoint of an attempt that was interrupted, where there is one. The error of one that fails is in
+    ``error.txt``.
 
     :param job: what to train
     :param report: takes the number of steps done
     """
     th.set_num_threads(1)
     job.folder.mkdir(parents=True, exist_ok=True)
-    for path in job.folder.iterdir():
-        if path.is_file():
-            path.unlink()
+    (job.folder / "error.txt").unlink(missing_ok=True)
     write_record(job.folder, settings=job.settings, finished=False)
     start = time.time()
     try:
@@ -173,8 +169,10 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     model.set_logger(configure(str(job.folder), ["csv"]))
     model.resume(job.folder / CHECKPOINTS)
     checkpoints = ResumableCheckpointCallback(job.folder / CHECKPOINTS, CHECKPOINT_FREQ)
-    learn(gradient_steps=settings["gradient_steps"], callback=[ReportCallback(report), checkpoints])
-    model.logger.close()
+    try:
+        learn(gradient_steps=settings["gradient_steps"], callback=[ReportCallback(report), checkpoints])
+    finally:
+        model.logger.close()
     model.save(job.folder / "model")
     return {}
 
@@ -210,6 +208,9 @@ def fine_tune(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     :return: what the analyses want to know
     """
     settings, model = job.settings, make_model(job)
+    is_ours = isinstance(model, OfflineToOnline)
+    going_on = is_ours and model.resume(job.folder / CHECKPOINTS)
+    keep_log(job.folder, model.num_timesteps if going_on else None)
     model.set_logger(configure(str(job.folder), ["csv"]))
     eval_env: VecEnv = BaseAlgorithm._wrap_env(job.task.make_env())
     eval_env.seed(settings["seed"] + 1000)
@@ -221,20 +222,41 @@ def fine_tune(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
         verbose=0,
     )
     callbacks: list[BaseCallback] = [evaluation, ReportCallback(report)]
-    if isinstance(model, OfflineToOnline):
-        callbacks = [FirstRowsCallback(job.folder / FIRST_ROWS_FILE), *callbacks]
+    if is_ours:
+        callbacks += [
+            FirstRowsCallback(job.folder / FIRST_ROWS_FILE),
+            ResumableCheckpointCallback(job.folder / CHECKPOINTS, CHECKPOINT_FREQ),
+        ]
     if isinstance(model, Off2OnSAC):
         # Before the evaluation, which writes what it logs
         callbacks = [ActionAUROCCallback(settings["eval_freq"], seed=settings["seed"]), *callbacks]
-    # The offline return, as the first of the evaluations
-    returns, lengths = evaluate_policy(model, eval_env, settings["eval_episodes"], return_episode_rewards=True)
-    start = model.num_timesteps
-    evaluation.evaluations_timesteps.append(start)
-    evaluation.evaluations_results.append(returns)  # type: ignore[arg-type]
-    evaluation.evaluations_length.append(lengths)  # type: ignore[arg-type]
-    model.learn(settings["online_steps"], callback=callbacks, log_interval=1)
-    model.logger.close()
-    return {"num_timesteps_at_start": start}
+    if not going_on:
+        # The offline return, as the first of the evaluations
+        returns, lengths = evaluate_policy(model, eval_env, settings["eval_episodes"], return_episode_rewards=True)
+        evaluation.evaluations_timesteps.append(model.num_timesteps)
+        evaluation.evaluations_results.append(returns)  # type: ignore[arg-type]
+        evaluation.evaluations_length.append(lengths)  # type: ignore[arg-type]
+    try:
+        model.learn(settings["online_steps"], callback=callbacks, log_interval=1)
+    finally:
+        model.logger.close()
+    return {"num_timesteps_at_start": evaluation.evaluations_timesteps[0]}
+
+
+def keep_log(folder: Path, num_timesteps: int | None) -> None:
+    """
+    SB3 begins ``progress.csv`` anew. What an interrupted attempt wrote there is kept under another name, which tells up to
+    where it counts; see ``Run.progress``.
+
+    :param folder: of a run
+    :param num_timesteps: where the run goes on; ``None`` if it begins
+    """
+    path = folder / "progress.csv"
+    if num_timesteps is None:
+        for part in folder.glob("progress*.csv"):
+            part.unlink()
+    elif path.is_file() and not (kept := folder / f"progress_{num_timesteps}.csv").is_file():
+        path.rename(kept)  # else both attempts went on from here, and this one got to no other checkpoint
 
 
 def _end_with_parent() -> None:

@@ -106,7 +106,7 @@ def main() -> None:
     env = make_workers(dataset, arguments.seed)
     eval_env = make_vec_env(dataset.make_env, seed=arguments.seed + 100)
     watch = Watch(arguments.minutes)
-    sizes: list[tuple[float, float, int]] = []  # minutes, megabytes, descriptors after each round, when nothing is halfway
+    sizes: list[tuple[float, float, int]] = []  # minutes, megabytes, descriptors between two rounds
     model = Off2OnSAC(
         "MlpPolicy",
         env,
@@ -126,7 +126,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logger = configure(folder, ["csv"])
         model_path, replay_path = f"{folder}/model.zip", f"{folder}/replay.pkl"
-        while watch.elapsed < watch.minutes:
+        while watch.elapsed < watch.minutes or not sizes:
+            n_killed = watch.n_killed
             model.set_logger(logger)
             evaluation = EvalCallback(eval_env, eval_freq=100, n_eval_episodes=2, verbose=0)
             try:
@@ -143,8 +144,10 @@ def main() -> None:
             model = Off2OnSAC.load(model_path, env=env, dataset=dataset)
             model.load_replay_buffer(replay_path)
             watch.n_rounds += 1
-            gc.collect()  # worker processes have descriptors, which they close when they are collected
-            sizes.append((watch.elapsed, resident_megabytes(), open_descriptors()))
+            # After a round with a death, the callbacks still hold its environments
+            if watch.n_killed == n_killed:
+                gc.collect()
+                sizes.append((watch.elapsed, resident_megabytes(), open_descriptors()))
         watch.model = model
         watch.check()
         logger.close()

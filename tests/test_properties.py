@@ -273,6 +273,7 @@ def test_hostile_input() -> None:
 def test_soak() -> None:
     """As a process, because it starts others."""
     command = [sys.executable, str(Path(hostile_input.__file__).with_name("soak.py")), "--minutes", "0.05"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "Sum-tree against the sum of its leaves: relative difference of at most" in output
-    assert "Resident size" in output
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Sum-tree against the sum of its leaves: relative difference of at most" in process.stdout
+    assert "Resident size" in process.stdout

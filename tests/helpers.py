@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import configure
 from torch import nn
 
 from sb3_off2on import Off2OnSAC, OfflineDataset, load_dataset
+from sb3_off2on.buffers import BalancedReplayBufferSamples
 
 OBS_DIM, ACTION_DIM = 3, 1
 IMAGE_SPACE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
@@ -157,3 +158,34 @@ def saved_state(model: Off2OnSAC) -> dict[str, Any]:
             "dataset": model.dataset_info,
         }
     )
+
+
+def random_batch(n: int, seed: int = 0) -> Any:
+    """Rows of no environment, in float64."""
+    rng = np.random.default_rng(seed)
+
+    def uniform(*shape: int) -> th.Tensor:
+        return th.as_tensor(rng.uniform(-1, 1, shape))
+
+    return BalancedReplayBufferSamples(
+        observations=uniform(n, OBS_DIM),
+        actions=uniform(n, ACTION_DIM),
+        next_observations=uniform(n, OBS_DIM),
+        dones=(uniform(n, 1) > 0.5).double(),
+        rewards=uniform(n, 1),
+        indices=np.arange(n),
+    )
+
+
+def batch_of_member(batch: Any, member: int, batch_size: int) -> Any:
+    """The rows of a minibatch of several members that one of them gets."""
+    rows = slice(member * batch_size, (member + 1) * batch_size)
+    return batch._replace(**{name: x[rows] for name, x in batch._asdict().items() if x is not None})
+
+
+def assert_close_members(one: dict[str, dict[str, th.Tensor]], other: dict[str, dict[str, th.Tensor]]) -> None:
+    """Of two members of policies, in float64."""
+    assert one.keys() >= other.keys()
+    for network, state in other.items():
+        for name, value in state.items():
+            np.testing.assert_allclose(one[network][name], value, rtol=0, atol=1e-9, err_msg=f"{network} {name}")

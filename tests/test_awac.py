@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import ACTION_DIM, OBS_DIM, TinyEnv, make_dataset
+from helpers import ACTION_DIM, TinyEnv, assert_close_members, batch_of_member, make_dataset, random_batch
 from stable_baselines3.common.logger import configure
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_off2on.awac import AWAC, AWACPolicy, advantage_weights
-from sb3_off2on.buffers import BalancedReplayBufferSamples
 from sb3_off2on.policies import EnsembleCQLPolicy
+
+pytestmark = pytest.mark.usefixtures("float64_preprocessing")
 
 
 def make_awac(env: Any = "Pendulum-v1", **kwargs: Any) -> AWAC:
@@ -22,28 +23,6 @@ def make_awac(env: Any = "Pendulum-v1", **kwargs: Any) -> AWAC:
     model.set_logger(configure(None, []))
     model.policy.double()
     return model
-
-
-@pytest.fixture(autouse=True)
-def float64_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SB3 casts observations to float32 before the networks see them: leave them as they are."""
-    monkeypatch.setattr("sb3_off2on.policies.preprocess_obs", lambda obs, *args, **kwargs: obs)
-
-
-def random_batch(n: int, seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-
-    def uniform(*shape: int) -> th.Tensor:
-        return th.as_tensor(rng.uniform(-1, 1, shape))
-
-    return BalancedReplayBufferSamples(
-        observations=uniform(n, OBS_DIM),
-        actions=uniform(n, ACTION_DIM),
-        next_observations=uniform(n, OBS_DIM),
-        dones=(uniform(n, 1) > 0.5).double(),
-        rewards=uniform(n, 1),
-        indices=np.arange(n),
-    )
 
 
 class RecordedSamples:
@@ -167,7 +146,7 @@ class TestPolicy:
     def test_actions_on_the_bounds_have_a_finite_likelihood(self) -> None:
         model = make_awac()
         batch = random_batch(9)._replace(actions=th.ones(9, ACTION_DIM, dtype=th.float64))
-        assert np.isfinite(model._update(batch, per_member=False)["actor_loss"])
+        assert np.isfinite(model._update(batch, per_member=False)["actor_loss"].item())
         assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
 
     def test_only_the_actor_has_weight_decay(self) -> None:
@@ -276,18 +255,14 @@ class TestMembers:
                 samples.start(update, member)
                 batch = random_batch(n_members * batch_size, seed=update)
                 if member is not None:
-                    rows = slice(member * batch_size, (member + 1) * batch_size)
-                    batch = batch._replace(**{name: x[rows] for name, x in batch._asdict().items() if x is not None})
+                    batch = batch_of_member(batch, member, batch_size)
                 monkeypatch.setattr(model.replay_buffer, "sample_offline", lambda *args, batch=batch, **kw: batch)
                 model.train_offline(gradient_steps=1, batch_size=batch_size)
 
         run(ensemble, None)
         for index, single in enumerate(singles):
             run(single, index)
-            expected, member = single.policy.get_member(0), ensemble.policy.get_member(index)
-            for network, state in expected.items():
-                for name, value in state.items():
-                    np.testing.assert_allclose(member[network][name].numpy(), value.numpy(), rtol=0, atol=1e-9, err_msg=name)
+            assert_close_members(ensemble.policy.get_member(index), single.policy.get_member(0))
 
     def test_one_member_does_the_same_in_both_phases(self, monkeypatch: pytest.MonkeyPatch) -> None:
         models = [make_awac(policy_kwargs={"ensemble_size": 1}) for _ in range(2)]

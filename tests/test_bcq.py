@@ -6,14 +6,25 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import ACTION_DIM, OBS_DIM, TinyEnv, assert_same, make_dataset, parameters_of
+from helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    TinyEnv,
+    assert_close_members,
+    assert_same,
+    batch_of_member,
+    make_dataset,
+    parameters_of,
+    random_batch,
+)
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.td3.policies import TD3Policy
 
 from sb3_off2on.bcq import BCQ, BCQPolicy, soft_clipped_double_q
-from sb3_off2on.buffers import BalancedReplayBufferSamples
 from sb3_off2on.vae import ConditionalVAE
+
+pytestmark = pytest.mark.usefixtures("float64_preprocessing")
 
 N_MEMBERS = 3
 
@@ -34,28 +45,6 @@ def make_bcq(env: Any = "Pendulum-v1", **kwargs: Any) -> BCQ:
         for parameter in model.policy.parameters():
             parameter.add_(0.3 * th.randn_like(parameter))
     return model
-
-
-@pytest.fixture(autouse=True)
-def float64_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SB3 casts observations to float32 before the networks see them: leave them as they are."""
-    monkeypatch.setattr("sb3_off2on.policies.preprocess_obs", lambda obs, *args, **kwargs: obs)
-
-
-def random_batch(n: int, seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-
-    def uniform(*shape: int) -> th.Tensor:
-        return th.as_tensor(rng.uniform(-1, 1, shape))
-
-    return BalancedReplayBufferSamples(
-        observations=uniform(n, OBS_DIM),
-        actions=uniform(n, ACTION_DIM),
-        next_observations=uniform(n, OBS_DIM),
-        dones=(uniform(n, 1) > 0.5).double(),
-        rewards=uniform(n, 1),
-        indices=np.arange(n),
-    )
 
 
 class RecordedNoise:
@@ -309,18 +298,14 @@ class TestMembers:
                 noise.start(update, member)
                 batch = random_batch(N_MEMBERS * batch_size, seed=update)
                 if member is not None:
-                    rows = slice(member * batch_size, (member + 1) * batch_size)
-                    batch = batch._replace(**{name: x[rows] for name, x in batch._asdict().items() if x is not None})
+                    batch = batch_of_member(batch, member, batch_size)
                 monkeypatch.setattr(model.replay_buffer, "sample_offline", lambda *args, batch=batch, **kw: batch)
                 model.train_offline(gradient_steps=1, batch_size=batch_size)
 
         run(ensemble, None)
         for index, single in enumerate(singles):
             run(single, index)
-            expected, member = single.policy.get_member(0), ensemble.policy.get_member(index)
-            for network, state in expected.items():
-                for name, value in state.items():
-                    np.testing.assert_allclose(member[network][name].numpy(), value.numpy(), rtol=0, atol=1e-9, err_msg=name)
+            assert_close_members(ensemble.policy.get_member(index), single.policy.get_member(0))
 
     def test_one_member_does_the_same_in_both_phases(self, monkeypatch: pytest.MonkeyPatch) -> None:
         models = [make_bcq(policy_kwargs={"ensemble_size": 1}) for _ in range(2)]

@@ -10,11 +10,11 @@ import torch as th
 from gymnasium import spaces
 from helpers import (
     ACTION_DIM,
-    OBS_DIM,
     TinyEnv,
     assert_same,
     make_dataset,
     parameters_of,
+    random_batch,
     saved_state,
     small_model,
     to_double,
@@ -24,7 +24,6 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_off2on import Off2OnSAC, load_dataset
-from sb3_off2on.buffers import BalancedReplayBufferSamples
 from sb3_off2on.fqe import fqe_errors, reset_critics
 
 N_MEMBERS, BATCH_SIZE = 3, 7
@@ -59,31 +58,15 @@ def numpy_layers(state: dict[str, Any], name: str, x: np.ndarray) -> np.ndarray:
     return hidden @ state[f"{name}.2.weight"].numpy().T + state[f"{name}.2.bias"].numpy()
 
 
-def random_rows(n: int) -> Any:
-    rng = np.random.default_rng(0)
-
-    def uniform(*shape: int) -> th.Tensor:
-        return th.as_tensor(rng.uniform(-1, 1, shape))
-
-    return BalancedReplayBufferSamples(
-        observations=uniform(n, OBS_DIM),
-        actions=uniform(n, ACTION_DIM),
-        next_observations=uniform(n, OBS_DIM),
-        dones=(uniform(n, 1) > 0.5).double(),
-        rewards=uniform(n, 1),
-    )
-
-
 class TestErrors:
-    def test_against_numpy(self, dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_against_numpy(self, dataset: Any, float64_preprocessing: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every network against its own target network: no minimum, no entropy, no other member."""
-        monkeypatch.setattr("sb3_off2on.policies.preprocess_obs", lambda obs, *args, **kwargs: obs)  # which casts to float32
         model = pretrained(dataset, policy_kwargs={"ensemble_size": N_MEMBERS})
         to_double(model)
         with th.no_grad():  # targets that differ from the critics
             for parameter in model.critic_target.parameters():
                 parameter.add_(0.3 * th.randn_like(parameter))
-        rows = random_rows(N_MEMBERS * BATCH_SIZE)
+        rows = random_batch(N_MEMBERS * BATCH_SIZE)
         noise = np.random.default_rng(1).normal(size=(N_MEMBERS * BATCH_SIZE, ACTION_DIM))
         monkeypatch.setattr("torch.distributions.Normal.rsample", lambda self: self.loc + self.scale * th.as_tensor(noise))
         q_values, errors = fqe_errors(model.policy, rows, gamma=0.9)

@@ -8,14 +8,15 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import (
-    ACTION_DIM,
     IMAGE_SPACE,
-    OBS_DIM,
     TinyEnv,
+    assert_close_members,
     assert_same,
+    batch_of_member,
     make_dataset,
     make_model,
     parameters_of,
+    random_batch,
     random_frames,
     saved_state,
     small_model,
@@ -29,38 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sb3_off2on import Off2OnSAC
-from sb3_off2on.buffers import BalancedReplayBufferSamples, to_device
+from sb3_off2on.buffers import to_device
 
 
 def double_batch(batch: Any) -> Any:
     return batch._replace(**{name: value.double() for name, value in batch._asdict().items() if isinstance(value, th.Tensor)})
-
-
-def random_batch(n: int, seed: int) -> BalancedReplayBufferSamples:
-    generator = th.Generator().manual_seed(seed)
-
-    def uniform(*shape: int) -> th.Tensor:
-        return 2 * th.rand(*shape, generator=generator, dtype=th.float64) - 1
-
-    return BalancedReplayBufferSamples(
-        observations=uniform(n, OBS_DIM),
-        actions=uniform(n, ACTION_DIM),
-        next_observations=uniform(n, OBS_DIM),
-        dones=(uniform(n, 1) > 0.8).double(),
-        rewards=uniform(n, 1),
-        indices=np.arange(n),
-    )
-
-
-@pytest.fixture
-def float64_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SB3 casts observations to float32 before the networks see them: leave them as they are."""
-
-    def keep(obs: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
-        return obs
-
-    monkeypatch.setattr("stable_baselines3.common.policies.preprocess_obs", keep)
-    monkeypatch.setattr("sb3_off2on.policies.preprocess_obs", keep)
 
 
 class TestAgainstSAC:
@@ -159,20 +133,14 @@ class TestOfflinePhase:
                 for noise in (normal, unit, uniform):
                     noise.start(update, member)
                 if member is not None:
-                    rows = slice(member * batch_size, (member + 1) * batch_size)
-                    batch = batch._replace(**{name: x[rows] for name, x in batch._asdict().items() if x is not None})
+                    batch = batch_of_member(batch, member, batch_size)
                 model.replay_buffer.sample_offline = lambda *args, batch=batch, **kw: batch
                 model.train_offline(gradient_steps=1, batch_size=batch_size)
 
         run(ensemble, None)
         for index, single in enumerate(singles):
             run(single, index)
-            expected, member = single.policy.get_member(0), ensemble.policy.get_member(index)
-            for network, state in expected.items():
-                for name, value in state.items():
-                    np.testing.assert_allclose(
-                        member[network][name].numpy(), value.numpy(), rtol=0, atol=1e-9, err_msg=f"{network} {name}"
-                    )
+            assert_close_members(ensemble.policy.get_member(index), single.policy.get_member(0))
             assert ensemble.offline_log_ent_coef[index].item() == pytest.approx(single.offline_log_ent_coef.item(), abs=1e-12)
             assert ensemble.log_cql_lagrange[index].item() == pytest.approx(single.log_cql_lagrange.item(), abs=1e-12)
 

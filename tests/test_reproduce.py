@@ -337,6 +337,20 @@ class TestSystems:
             for index in range(model.policy.ensemble_size):
                 assert_same(model.get_member(index), agents.get_member(index))
 
+    def test_given_hyperparameters(self, data: str, pretrained: Path) -> None:
+        """They are the online phase's: the pretrained agents stay those of everyone."""
+        options = ("--batch-size", "7", "--learning-rate", "1e-5", "--ent-coef", "auto_0.1")
+        for name in ("off2on", "awac", "sac"):
+            *before, job = jobs_of(data, pretrained, name, *options)
+            assert all(one.is_finished() for one in before)
+            model = runs.make_model(job)
+            assert model.batch_size == 7
+            is_ours = isinstance(model, Off2OnSAC)
+            assert (model.learning_rate == 1e-5) == is_ours
+            if is_ours:
+                model._hand_over()
+                assert model.log_ent_coef.exp().item() == pytest.approx(0.1)
+
     def test_pretrained_agents(self, data: str, pretrained: Path) -> None:
         """FQE has the policies of CQL and critics of its own; only Cal-QL has the bound."""
         cql, fqe, calql = (
@@ -589,6 +603,7 @@ class TestWrongUse:
             (["--offline-steps", "0"], r"`--offline-steps` must be at least 1, got 0"),
             (["--scale", "0"], r"`--scale` must be above 0, got 0.0"),
             (["--learning-rate", "-1"], r"`--learning-rate` must be above 0, got -1.0"),
+            (["--ent-coef", "auto_x"], r"`--ent-coef` must be a number, auto, or auto_ and a number, got 'auto_x'"),
             (["--batch-size", "0"], r"`--batch-size` must be at least 1, got 0"),
             (["--ensemble-size", "1"], r"`--ensemble-size 1` is too small: 'Off2On, N=2' needs 2 agents"),
         ],

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"`--{name.replace('_', '-')}` must be above 0, got {value}")
+    if args.ent_coef is not None and not re.fullmatch(r"auto(_\d*\.?\d+)?|\d*\.?\d+", args.ent_coef):
+        raise ValueError(f"`--ent-coef` must be a number, auto, or auto_ and a number, got {args.ent_coef!r}")
 
 
 def main(argv: Sequence[str], prog: str = "sb3-off2on reproduce") -> None:

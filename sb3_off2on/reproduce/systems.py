@@ -210,9 +210,7 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
     }
     if system.config in ("SAC", "TQC", "CrossQ"):
         # Without data: one run serves all datasets of the environment
-        kwargs = {"buffer_size": online_steps}
-        if args.batch_size is not None:
-            kwargs["batch_size"] = args.batch_size
+        kwargs = {"buffer_size": online_steps, **given(args, "batch_size")}
         settings.update(algorithm=system.algorithm, hyperparameters=kwargs, dataset=None)
         yield Job(folder / name / f"seed_{seed}", settings, online_steps, task)
         return
@@ -239,15 +237,20 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
         settings["pretrained"] = before.settings if before else None
     kwargs = adapted(hyperparameters(system.config), args, ensemble_size)
     del kwargs["offline_gradient_steps"]
-    kwargs.update(system.changes, buffer_size=online_steps)
-    if args.batch_size is not None:
-        kwargs["batch_size"] = args.batch_size
+    kwargs.update(system.changes, buffer_size=online_steps, **given(args, "batch_size"))
     if system.algorithm == "Off2OnSAC":
-        for option in ("learning_rate", "ent_coef"):
-            if getattr(args, option) is not None:
-                kwargs[option] = getattr(args, option)
+        kwargs.update(given(args, "learning_rate", "ent_coef"))
     settings.update(data, algorithm=system.algorithm, hyperparameters=kwargs, vae_steps=max(round(VAE_STEPS * args.scale), 1))
     yield Job(folder / name / f"seed_{seed}", settings, online_steps, task, before.folder if before else None)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """
+    :param args: of the command line
+    :param names: of hyperparameters
+    :return: those that the command line has
+    """
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def adapted(kwargs: dict[str, Any], args: argparse.Namespace, ensemble_size: int) -> dict[str, Any]:

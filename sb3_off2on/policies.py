@@ -26,6 +26,16 @@ MAX_ROWS_AT_ONCE = 1024
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
+def stack_parameters(stacked: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """
+    :param stacked: gets the weights and biases of all layers as its own, with a leading member axis
+    :param layers: the members' layers
+    """
+    for name in ("weight", "bias"):  # a layer that was frozen stays so
+        members = [getattr(layer, name) for layer in layers]
+        setattr(stacked, name, nn.Parameter(th.stack(members).detach(), requires_grad=members[0].requires_grad))
+
+
 class EnsembleLinear(nn.Module):
     """
     N linear layers as one batched product.
@@ -38,9 +48,7 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
-        for name in ("weight", "bias"):  # a layer that was frozen stays so
-            members = [getattr(layer, name) for layer in layers]
-            setattr(self, name, nn.Parameter(th.stack(members).detach(), requires_grad=members[0].requires_grad))
+        stack_parameters(self, layers)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
@@ -48,6 +56,30 @@ class EnsembleLinear(nn.Module):
         :return: shape ``(n_members, batch_size, out_features)``
         """
         return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class EnsembleLayerNorm(nn.Module):
+    """
+    N layer norms over the last axis.
+
+    :param layers: the members' norms, all of one shape
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, layers: Sequence[nn.LayerNorm]) -> None:
+        super().__init__()
+        stack_parameters(self, layers)
+        self.normalized_shape, self.eps = layers[0].normalized_shape, layers[0].eps
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: shape ``(n_members, batch_size, features)``
+        :return: same shape
+        """
+        normalized = nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return th.addcmul(self.bias.unsqueeze(1), normalized, self.weight.unsqueeze(1))
 
 
 class EnsembleSequential(nn.Sequential):
@@ -105,6 +137,8 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
         return EnsembleSequential(*(stack_modules(layers) for layers in zip(*modules, strict=True)))
     if isinstance(first, nn.Linear) and first.bias is not None:
         return EnsembleLinear(modules)  # type: ignore[arg-type]
+    if isinstance(first, nn.LayerNorm) and first.bias is not None and len(first.normalized_shape) == 1:
+        return EnsembleLayerNorm(modules)  # type: ignore[arg-type]
     if type(first) is nn.ReLU:
         # Its input is the output of a linear layer or a norm, which nobody else reads: no second tensor of that size
         return nn.ReLU(inplace=True)
@@ -139,6 +173,9 @@ def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Ten
     if isinstance(stacked, EnsembleLinear):
         weights = pad_columns(stacked.weight).transpose(1, 2)
         return [partial(_linear, weight, bias) for weight, bias in zip(weights, stacked.bias, strict=True)]
+    if isinstance(stacked, EnsembleLayerNorm):
+        norm = partial(nn.functional.layer_norm, normalized_shape=stacked.normalized_shape, eps=stacked.eps)
+        return [partial(norm, weight=weight, bias=bias) for weight, bias in zip(stacked.weight, stacked.bias, strict=True)]
     if isinstance(stacked, EnsembleModule):
         states = [{name: value[index] for name, value in stacked.template.state_dict().items()} for index in range(n_modules)]
         return [partial(functional_call, stacked.template, state) for state in states]

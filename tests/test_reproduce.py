@@ -466,13 +466,13 @@ def write_run(folder: Path, seed: int, returns: Any, start: int = 100, log: str 
 
 class TestAnalyses:
     def test_returns(self, tmp_path: Path) -> None:
-        means = np.array([5.0, -2.0, 3.0, -9.0, 4.0, 6.0, 8.0, 1.0, 2.0, 7.0, 9.0])
+        means = np.array([5.0, 4.0, 3.0, 8.0, 6.0, -2.0, -9.0, 1.0, 2.0, 7.0, 9.0])
         run = write_run(tmp_path / "run", 0, np.stack([means - 1, means + 1], axis=1))
         steps, values = analyses.learning_curve(run)[""]
         assert steps.tolist() == list(range(0, 110, 10))
         np.testing.assert_allclose(values, means)
         assert run.offline == 5
-        assert run.dip == -2  # of the evaluations at 0, 10 and 20
+        assert run.dip == -2  # of the evaluations up to the one at 50
         assert run.final == 6  # of the last three
 
     def test_short_run(self, tmp_path: Path) -> None:

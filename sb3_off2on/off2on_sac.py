@@ -76,7 +76,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param offline_qf_learning_rate: learning rate of the critics in the offline phase
     :param offline_batch_size: rows per member and update in the offline phase
     :param offline_bc_steps: in this many of the first updates of the offline phase, the actors imitate the dataset's actions
-        (maximum likelihood, without entropy) instead of maximising Q: ``policy_eval_start`` of CQL's and COG's published code
+        (maximum likelihood, without entropy) instead of maximising Q: ``policy_eval_start`` of CQL's and COG's published code.
+        Entropy coefficients start to be tuned behind them
     :param cql_alpha: weight of CQL's conservative term beside the squared TD error (not halved), offline phase
     :param cql_n_actions: sampled actions per state, for each of: uniform, policy at s, policy at s'
     :param cql_temp: temperature of the log-sum-exp
@@ -339,6 +340,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         ensemble_size = self.policy.ensemble_size
         for _ in range(gradient_steps):
             self._n_offline_updates += 1
+            is_imitating = self._n_offline_updates <= self.offline_bc_steps
             # Each member learns from a minibatch of its own: the first `batch_size` rows are member 0's
             replay_data = self.replay_buffer.sample_offline(ensemble_size * batch_size, env=self._vec_normalize_env)
             if self._has_fault(replay_data, ensemble_size):
@@ -403,7 +405,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 continue
             self.critic.optimizer.step()
 
-            if self.ent_coef_optimizer is not None:
+            # Where actors imitate, entropy is none of their aims, and the coefficient would go far off before it is one
+            if self.ent_coef_optimizer is not None and not is_imitating:
                 self.offline_ent_coef_optimizer.zero_grad()
                 ent_coef_loss.backward()
                 self.offline_ent_coef_optimizer.step()
@@ -416,7 +419,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             # Min over each member's critics: (ensemble_size, batch_size)
             q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi, per_member=True)
             min_qf_pi = q_values_pi.min(dim=1).values
-            if self._n_offline_updates <= self.offline_bc_steps:
+            if is_imitating:
                 actor_loss = -self.actor.log_prob_of_actions(*dist_params, actions).mean(dim=1).sum()
             else:
                 actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()

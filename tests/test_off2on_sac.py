@@ -191,12 +191,16 @@ class TestBehaviourCloning:
         for name, value in before.state_dict().items():
             th.testing.assert_close(imitating.actor.state_dict()[name], value)
 
-        # From the same actors on, the second update is the same in both
+        # Entropy coefficients wait for the second update, which is the same in both from the same actors on
+        assert (imitating.offline_log_ent_coef == 0).all()
+        assert (plain.offline_log_ent_coef != 0).all()
         plain.actor.load_state_dict(imitating.actor.state_dict())
+        plain.offline_log_ent_coef.data.zero_()
         for model in (imitating, plain):
             th.manual_seed(1)
             model.train_offline(gradient_steps=1, batch_size=4)
         assert_same(parameters_of(imitating.actor), parameters_of(plain.actor))
+        assert (imitating.offline_log_ent_coef != 0).all()
 
     def test_wrong_numbers(self) -> None:
         with pytest.raises(ValueError, match=r"`offline_bc_steps` must be at least 0, got -1"):

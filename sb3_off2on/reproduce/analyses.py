@@ -21,8 +21,8 @@ from sb3_off2on.vae import ConditionalVAE
 
 FIRST_ROWS_FILE = "first_online_rows.npz"
 N_RESAMPLES = 2000
-# Share of the online steps in which the return is expected to fall, if it does: the first update comes after 1000 steps, however
-# short a run is
+# Share of the online steps in which the return is expected to fall, if it does. Large, as the first update comes after 1000
+# steps, however short a run is
 DIP_SHARE = 0.5
 # Evaluations whose mean is the final return: one alone is noisy
 N_FINAL = 3

@@ -348,7 +348,7 @@ def _plot(results: pd.DataFrame, draw: Callable[[Any, pd.DataFrame], None], path
     figure.savefig(path, dpi=150)
 
 
-def curve_table(results: pd.DataFrame, n_steps: int = 6) -> pd.DataFrame:
+def curve_table(results: pd.DataFrame, n_steps: int = 7) -> pd.DataFrame:
     """
     The curves of a plot in numbers: interquartile means over the seeds at some steps.
 

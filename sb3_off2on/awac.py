@@ -1,6 +1,6 @@
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -9,7 +9,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.sac.policies import Actor
 from torch import nn
@@ -26,8 +26,6 @@ from sb3_off2on.policies import (
     moment_matching,
     trainable_parameters,
 )
-
-SelfAWAC = TypeVar("SelfAWAC", bound="AWAC")
 
 # Bounds of the policy's log standard deviations, which start half-way (the published code)
 LOG_STD_MIN = -6.0
@@ -199,7 +197,8 @@ class AWAC(OfflineToOnline):
     :param offline_gradient_steps: updates of the offline phase that ``learn()`` does first, once. With 0, a dataset only
         serves the replay, unless ``learn_offline()`` is called
     :param offline_batch_size: rows per member and update in the offline phase
-    :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
+    :param first_update_multiplier: the first online update of pretrained agents takes this many times ``learning_starts``
+        gradient steps
     :param awac_lambda: temperature of the advantage weights, > 0; the larger, the closer to behaviour cloning
     :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
         names the cause, ``"skip"`` leaves such steps and updates out and counts them
@@ -289,20 +288,17 @@ class AWAC(OfflineToOnline):
 
     def _check_arguments(self) -> None:
         self._check_at_least(offline_gradient_steps=0, offline_batch_size=1, first_update_multiplier=1)
+        self._check_number("awac_lambda")
         if not 0 < self.awac_lambda < math.inf:
             raise ValueError(f"`awac_lambda` must be above 0 and finite, got {self.awac_lambda}")
         self._replay_without_priorities()
 
     def _setup_model(self) -> None:
-        # Here rather than in the constructor, for the arguments of load()
-        self._check_arguments()
         super()._setup_model()
         self._create_aliases()
         # Running mean and running var
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-        if self.dataset is not None:
-            self.set_dataset(self.dataset)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -388,17 +384,6 @@ class AWAC(OfflineToOnline):
             "max_weight": weights.max(dim=1).values.mean().detach(),
             "std": distribution.stddev.mean().detach(),
         }
-
-    def learn(
-        self: SelfAWAC,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "AWAC",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfAWAC:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor", "critic", "critic_target"]

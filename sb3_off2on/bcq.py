@@ -1,6 +1,6 @@
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -9,7 +9,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp, get_actor_critic_arch
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
@@ -26,8 +26,6 @@ from sb3_off2on.policies import (
     trainable_parameters,
 )
 from sb3_off2on.vae import ConditionalVAE
-
-SelfBCQ = TypeVar("SelfBCQ", bound="BCQ")
 
 
 def soft_clipped_double_q(q_values: th.Tensor, bcq_lambda: float) -> th.Tensor:
@@ -385,7 +383,8 @@ class BCQ(OfflineToOnline):
     :param offline_gradient_steps: updates of the offline phase that ``learn()`` does first, once. With 0, a dataset only
         serves the replay, unless ``learn_offline()`` is called
     :param offline_batch_size: rows per member and update in the offline phase
-    :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
+    :param first_update_multiplier: the first online update of pretrained agents takes this many times ``learning_starts``
+        gradient steps
     :param bcq_lambda: weight of the smaller Q-value in the target, in [0, 1]; the larger has the rest
     :param n_target_actions: number of generated actions over which the target takes the maximum
     :param on_fault: what to do about NaN, infinity and exploding Q-values: ``"raise"`` stops with a ``NumericalFault`` that
@@ -480,13 +479,12 @@ class BCQ(OfflineToOnline):
 
     def _check_arguments(self) -> None:
         self._check_at_least(offline_gradient_steps=0, offline_batch_size=1, first_update_multiplier=1, n_target_actions=1)
+        self._check_number("bcq_lambda")
         if not 0 <= self.bcq_lambda <= 1:
             raise ValueError(f"`bcq_lambda` must be in [0, 1], got {self.bcq_lambda}")
         self._replay_without_priorities()
 
     def _setup_model(self) -> None:
-        # Here rather than in the constructor, for the arguments of load()
-        self._check_arguments()
         super()._setup_model()
         self._create_aliases()
         # Running mean and running var
@@ -494,8 +492,6 @@ class BCQ(OfflineToOnline):
         self.critic_batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.actor_batch_norm_stats_target = get_parameters_by_name(self.actor_target, ["running_"])
         self.critic_batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-        if self.dataset is not None:
-            self.set_dataset(self.dataset)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -580,17 +576,6 @@ class BCQ(OfflineToOnline):
             "actor_loss": actor_loss.detach() / ensemble_size,
             "q_data": current_q_values.mean().detach(),
         }
-
-    def learn(
-        self: SelfBCQ,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "BCQ",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfBCQ:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor", "actor_target", "critic", "critic_target", "vae"]

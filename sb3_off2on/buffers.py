@@ -364,7 +364,7 @@ class BalancedReplayBuffer(ReplayBuffer):
 
     @property
     def n_offline(self) -> int:
-        """Number of offline rows (``M``), counted after unpickling as well: flat indices start behind them."""
+        """Number of offline rows (``M``), counted after unpickling as well: flat indices of online rows follow."""
         return 0 if self.dataset_info is None else self.dataset_info["n_transitions"]
 
     @property
@@ -601,7 +601,6 @@ class BalancedReplayBuffer(ReplayBuffer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.random_shift, self._is_image = 0, False  # of pickles from before there were these
         self.__dict__.update(state)
         if self.buffer_device is not None:
             try:
@@ -648,7 +647,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         # Stratified: one draw in each of batch_size equal parts of the total priority
         strata = np.arange(batch_size) + np.random.random_sample(batch_size)
         drawn = self._tree.find(self._tree.total / batch_size * self._on_buffer_device(strata))
-        # An accelerator rounds each running sum in its own way: behind the last row they can exceed that row's by a hair
+        # An accelerator rounds each running sum in its own way: after the last row they can exceed that row's by a hair
         return drawn if self.buffer_device is None else drawn.clip(max=self.n_offline + self.n_online - 1)
 
     def _draw_uniform(self, batch_size: int, what: str) -> np.ndarray:

@@ -81,21 +81,15 @@ def density_ratio_loss(ratio_online: th.Tensor, ratio_reference: th.Tensor) -> t
     return f_conjugate_reference.mean() - f_prime_online.mean()
 
 
-def density_ratio_priority(
-    ratio: th.Tensor,
-    ratio_reference: th.Tensor,
-    temperature: float,
-    clamp: tuple[float, float] = (1e-3, 1e3),
-) -> th.Tensor:
+def density_ratio_priority(ratio: th.Tensor, ratio_reference: th.Tensor, temperature: float) -> th.Tensor:
     """
-    Self-normalised ratio ``w^(1/T) / E_reference[w^(1/T)]`` (Eq. 6), clamped as in the authors' code.
+    Self-normalised ratio ``w^(1/T) / E_reference[w^(1/T)]`` (Eq. 6), clamped to [1e-3, 1e3] as in the authors' code.
 
     :param ratio: ``w`` of the samples that get a priority, shape ``(batch_size,)``
     :param ratio_reference: ``w`` of samples of the reference distribution, shape ``(n_samples,)``
     :param temperature: T > 0; the larger, the flatter
-    :param clamp: smallest and largest priority
     :return: priorities, shape ``(batch_size,)``
     """
     assert ratio.dim() == ratio_reference.dim() == 1
     normalizer = ratio_reference.pow(1 / temperature).mean().clamp_min(EPSILON)
-    return (ratio.pow(1 / temperature) / normalizer).clamp(*clamp)
+    return (ratio.pow(1 / temperature) / normalizer).clamp(1e-3, 1e3)

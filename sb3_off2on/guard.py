@@ -39,7 +39,7 @@ class Guarded(OffPolicyAlgorithm):
         CPU, and to skip, this looks each time; on an accelerator now and then.
 
         :param replay_data: the minibatch
-        :param n_batches: of how many minibatches of equal size it consists, one behind the other
+        :param n_batches: of how many minibatches of equal size it consists, one after the other
         :param optimizer: the one that is about to step, whose gradients are looked at
         :param tensors: the loss and what it came from, causes first, see ``find_fault``; those whose names end in ``q_values``
             are held against ``max_abs_q``. Without, the minibatch is looked at

@@ -6,7 +6,15 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    Schedule,
+    TensorDict,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
 from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
 from stable_baselines3.sac.policies import CnnPolicy, MultiInputPolicy, SACPolicy
 from stable_baselines3.sac.sac import SAC
@@ -43,7 +51,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param learning_rate: learning rate of the actor and the entropy coefficient in the online phase
     :param buffer_size: size of the online part of the replay buffer
     :param learning_starts: how many steps to collect before learning starts: played by the pretrained agents,
-        at random (as in SAC) where nothing was pretrained
+        at random where nothing was pretrained. Without pretrained agents or a dataset as in SAC: the first update comes with
+        the first rollout that ends after them, at step 2000 with the defaults
     :param batch_size: see SAC; also that of the density ratio's offline and online batch
     :param tau: see SAC
     :param gamma: see SAC
@@ -77,7 +86,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
     :param offline_batch_size: rows per member and update in the offline phase
     :param offline_bc_steps: in this many of the first updates of the offline phase, the actors imitate the dataset's actions
         (maximum likelihood, without entropy) instead of maximising Q: ``policy_eval_start`` of CQL's and COG's published code.
-        Entropy coefficients start to be tuned behind them
+        Entropy coefficients are tuned after them
     :param cql_alpha: weight of CQL's conservative term beside the squared TD error (not halved), offline phase
     :param cql_n_actions: sampled actions per state, for each of: uniform, policy at s, policy at s'
     :param cql_temp: temperature of the log-sum-exp
@@ -91,7 +100,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         phase only
     :param target_q: ``"member"``: each member regresses to its own target (the authors' code), ``"mean"``: each to the mean
         of all targets (Eq. 5); online phase
-    :param first_update_multiplier: the first online update takes this many times ``learning_starts`` gradient steps
+    :param first_update_multiplier: the first online update of pretrained agents takes this many times ``learning_starts``
+        gradient steps
     :param initial_online_fraction: rho, the probability that a draw of the first update is an online sample
     :param priority_temperature: T of Eq. 6
     :param density_ratio_kwargs: arguments of ``DensityRatio`` (``net_arch``, ``activation_fn``, ``learning_rate``), and
@@ -247,6 +257,13 @@ class Off2OnSAC(OfflineToOnline, SAC):
             target_update_interval=1,
         )
         self._check_integers("offline_bc_steps", "cql_n_actions", "first_update_multiplier", "target_update_interval")
+        for name in ("cql_temp", "priority_temperature", "initial_online_fraction"):
+            self._check_number(name)
+        if self.cql_target_action_gap is not None:
+            self._check_number("cql_target_action_gap")
+        for name in ("cql_sampled_gradient", "calql"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
         for name in ("cql_temp", "priority_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be above 0 and finite, got {getattr(self, name)}")
@@ -270,8 +287,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
             )
 
     def _setup_model(self) -> None:
-        # Here rather than in the constructor, for the arguments of load()
-        self._check_arguments()
         super()._setup_model()
         self.qf_lr_schedule = None if self.qf_learning_rate is None else FloatSchedule(self.qf_learning_rate)
         self.offline_lr_schedule = FloatSchedule(self.offline_learning_rate)
@@ -283,11 +298,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef], lr=self.offline_lr_schedule(1))
         self.log_cql_lagrange = th.zeros(shape, device=self.device, requires_grad=True)
         self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.offline_qf_lr_schedule(1))
-        if self.dataset is not None:
-            self.set_dataset(self.dataset)
-        elif self.dataset_info is not None:
-            # A loaded model has no dataset yet, but its density ratio is about to be loaded
-            self._setup_density_ratio()
 
     def _setup_density_ratio(self) -> None:
         # Whatever the scheme, as a saved model may be loaded with another one
@@ -444,6 +454,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 "ent_coef": ent_coef.mean(),
                 "entropy": -log_prob.mean(),
             }
+            if self.cql_target_action_gap is not None:
+                means["cql_weight"] = cql_weight.mean()
             for name, value in means.items():
                 # The logger averages until the next dump. Tensors, see TensorReader: a number would make an
                 # accelerator finish each update first
@@ -451,8 +463,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         self.logger.record("offline/learning_rate", learning_rate)
         self.logger.record("offline/qf_learning_rate", qf_learning_rate)
-        if self.cql_target_action_gap is not None:
-            self.logger.record("offline/cql_weight", cql_weight.mean())
 
     def _sample_cql_actions(
         self, dist_params: tuple[th.Tensor, th.Tensor], next_dist_params: tuple[th.Tensor, th.Tensor]
@@ -548,8 +558,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         :return: the model, ready for ``learn()``
         :raises ValueError: if nothing was pretrained, a number is out of its range, or there is no dataset that fits
         """
-        is_behind = self._to_complete is not None and self._to_complete[0] == "learn"  # of a checkpoint
-        if not is_behind and (not self.pretrained or self._handed_over):
+        checkpoint_is_of_learn = self._to_complete is not None and self._to_complete[0] == "learn"
+        if not checkpoint_is_of_learn and (not self.pretrained or self._handed_over):
             raise ValueError(
                 "`fit_fqe()` evaluates pretrained policies before they learn online: call it between `learn_offline()` (or "
                 "`set_member()`) and `learn()`"
@@ -838,22 +848,31 @@ class Off2OnSAC(OfflineToOnline, SAC):
             cql_log_density.expand(ensemble_size, -1, -1),
         )
 
-    def learn(
-        self: SelfOff2OnSAC,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "Off2OnSAC",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfOff2OnSAC:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
     def dump_logs(self) -> None:
         # Here, as it goes over all priorities
         if self._replay_is_balanced and self._n_updates > 0:
             self.logger.record("replay/effective_sample_size", self.replay_buffer.effective_sample_size())
         super().dump_logs()
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        SB3's. The parameters can be those of a model with a dataset where this one has none yet.
+
+        :raises TypeError: if they are of a learned entropy coefficient and this model's is fixed
+        """
+        params = load_path_or_dict
+        if not isinstance(params, dict):
+            params = load_from_zip_file(params, device=device, load_data=False)[1]
+        if "ent_coef_optimizer" in params and self.ent_coef_optimizer is None:
+            raise TypeError(  # load() takes a ValueError for that of an old DQN
+                f"`ent_coef={self.ent_coef!r}` is fixed, but the entropy coefficient of the saved model is learned: give "
+                "'auto' or such as 'auto_0.1'"
+            )
+        if self.density_ratio is None and "density_ratio" in params:
+            self._setup_density_ratio()
+        super().set_parameters(params, exact_match, device)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, saved_pytorch_variables = super()._get_torch_save_params()

@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -40,7 +39,7 @@ MAX_LEARNING_RATE = 1e6
 
 class TensorReader(KVWriter):
     """
-    First output of a logger, which turns recorded tensors into numbers for those behind it. So an accelerator need not finish
+    First output of a logger, which turns recorded tensors into numbers for the others. So an accelerator need not finish
     each update before the next begins, and whoever dumps the logs, a callback too, writes scalars.
     """
 
@@ -50,7 +49,7 @@ class TensorReader(KVWriter):
                 key_values[key] = value.item()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Part of the interface: there is no file to close."""
 
 
 class OfflineToOnline(Resumable, Guarded):
@@ -257,7 +256,17 @@ class OfflineToOnline(Resumable, Guarded):
         if not self.max_abs_q > 0:
             raise ValueError(f"`max_abs_q` must be above 0, got {self.max_abs_q}: use math.inf for no limit")
 
+    def _check_arguments(self) -> None:
+        """
+        Check the arguments that only this algorithm has, if there are any.
+
+        :raises TypeError: if one is not of the type that it must be
+        :raises ValueError: if it is out of its range
+        """
+
     def _setup_model(self) -> None:
+        # Here rather than in the constructor, for the arguments of load()
+        self._check_arguments()
         self._check_common_arguments()
         super()._setup_model()
         assert isinstance(self.train_freq, TrainFreq)
@@ -267,6 +276,8 @@ class OfflineToOnline(Resumable, Guarded):
                 f"`train_freq=({self.train_freq.frequency}, 'episode')` needs a single environment, but there are "
                 f"{self.n_envs}: give `train_freq` in steps"
             )
+        if self.dataset is not None:
+            self.set_dataset(self.dataset)
 
     # ------------------------------------------------------------------ the dataset
 
@@ -347,7 +358,7 @@ class OfflineToOnline(Resumable, Guarded):
         reset are of one observation each, and would throw all rows to its clipping bounds.
         """
         env, dataset = self._vec_normalize_env, self.dataset
-        if env is None or dataset is None or not env.training:
+        if env is None or dataset is None:
             return
         frames: Any = dataset.frames
         obs_rms: Any = getattr(env, "obs_rms", None)
@@ -525,7 +536,7 @@ class OfflineToOnline(Resumable, Guarded):
         self._call, self._to_complete = (name, start), None
         n_done = self._n_offline_updates - start
 
-        tb_log_name = tb_log_name or signature(self.learn).parameters["tb_log_name"].default
+        tb_log_name = tb_log_name or type(self).__name__
         total_timesteps, callback = self._setup_learn(
             gradient_steps - n_done,
             callback,
@@ -562,6 +573,8 @@ class OfflineToOnline(Resumable, Guarded):
                 for key in [key for key in values if key.startswith("offline/")]:
                     del values[key]
         callback.on_training_end()
+        # Whoever evaluates the agents now may step these environments: learn() resets them
+        self._last_obs = None
         return continue_training
 
     # ------------------------------------------------------------------ the online phase
@@ -571,17 +584,18 @@ class OfflineToOnline(Resumable, Guarded):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOfflineToOnline:
         """
-        SB3's ``learn()``. A model that was built with ``dataset`` and ``offline_gradient_steps`` goes through its offline
-        phase first, or through what is left of it, logged every 1000 updates unless ``log_interval`` is ``None``; a callback
-        that stops that phase stops here.
+        SB3's ``learn()``; ``tb_log_name`` is the name of the algorithm unless given. A model that was built with ``dataset``
+        and ``offline_gradient_steps`` goes through its offline phase first, or through what is left of it, logged every 1000
+        updates unless ``log_interval`` is ``None``; a callback that stops that phase stops here.
 
         :raises ValueError: if the model was trained with a dataset that is not attached
         """
+        tb_log_name = tb_log_name or type(self).__name__
         self._prepare_dataset()
         with self._hooks(callback), watched_workers(self.env):
             interrupted, start = self._to_complete or (None, 0)

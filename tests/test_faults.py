@@ -199,7 +199,7 @@ class TestUpdates:
 
     @pytest.mark.parametrize("cls", ALGORITHMS)
     def test_the_row_is_named_offline(self, cls: Any) -> None:
-        """Rows of the members lie one behind the other; the index is that of the dataset."""
+        """Rows of the members lie one after the other; the index is that of the dataset."""
         model = model_of(cls, dataset=make_dataset(n_episodes=1, length=3))
         model.dataset.rewards[1] = np.inf
         before = state_of(model)
@@ -224,6 +224,12 @@ class TestUpdates:
         model.train_offline(5, batch_size=8) if phase == "offline" else model.train(5, batch_size=8)
         assert model.n_skipped_updates == 5
         assert_same(before, state_of(model))
+
+    def test_skips_with_the_lagrange_form(self) -> None:
+        model = model_of(Off2OnSAC, dataset=make_dataset(n_episodes=2, length=20), on_fault="skip", cql_target_action_gap=1.0)
+        model.dataset.rewards[:] = np.nan
+        model.learn_offline(gradient_steps=3)
+        assert model.n_skipped_updates == 3
 
     @pytest.mark.parametrize("cls", ALGORITHMS)
     @pytest.mark.parametrize("phase", ["offline", "online"])
@@ -457,6 +463,22 @@ class TestSafeLoading:
 def test_arguments_of_sb3(cls: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     """Those that SB3 accepts, or meets with an assertion or an error of Python's."""
     with pytest.raises(error, match=message):
+        model_of(cls, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "message"),
+    [
+        (Off2OnSAC, {"cql_temp": "1"}, r"`cql_temp` must be a number, got '1'"),
+        (Off2OnSAC, {"initial_online_fraction": None}, r"`initial_online_fraction` must be a number, got None"),
+        (Off2OnSAC, {"cql_target_action_gap": "a"}, r"`cql_target_action_gap` must be a number, got 'a'"),
+        (Off2OnSAC, {"calql": "no"}, r"`calql` must be True or False, got 'no'"),
+        (AWAC, {"awac_lambda": "2"}, r"`awac_lambda` must be a number, got '2'"),
+        (BCQ, {"bcq_lambda": "1"}, r"`bcq_lambda` must be a number, got '1'"),
+    ],
+)
+def test_types_of_our_own_arguments(cls: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         model_of(cls, **kwargs)
 
 

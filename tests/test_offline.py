@@ -457,6 +457,20 @@ class FakeBar:
 
 
 class TestHandOver:
+    @pytest.mark.parametrize("n_envs", [1, 2])
+    def test_environments_that_were_used_in_between(self, n_envs: int) -> None:
+        """As ``evaluate_policy(model, model.get_env())`` does: episodes begin anew, and every row is a step that was made."""
+        env = tiny_envs(n_envs)
+        model = small_model(env, dataset=make_dataset(env=TinyEnv()), learning_starts=6)
+        model.learn_offline(gradient_steps=2)
+        env.reset()
+        for _ in range(3):
+            env.step(np.zeros((n_envs, 2)))
+        model.learn(6 * n_envs)
+        buffer = model.replay_buffer
+        assert (buffer.dones[4] == 1).all()  # episodes have five steps
+        np.testing.assert_array_equal(buffer.next_observations[:4], buffer.observations[1:5])
+
     @pytest.mark.parametrize("ent_coef", ["auto", "auto_0.3"])
     def test_everything_is_fresh(self, dataset: Any, ent_coef: str) -> None:
         model = small_model(dataset=dataset, ent_coef=ent_coef, initial_online_fraction=0.6)
@@ -714,9 +728,9 @@ class TestConfigurations:
             assert (batch.rewards.abs() < 9).float().mean() > 0.9
 
     @pytest.mark.parametrize("n_resets", [0, 1])
-    @pytest.mark.parametrize("n_envs", [1, 3])
-    def test_vec_normalize_takes_the_statistics_of_the_dataset(self, n_envs: int, n_resets: int) -> None:
-        env = VecNormalize(tiny_envs(n_envs), gamma=0.99)
+    @pytest.mark.parametrize(("n_envs", "training"), [(1, True), (3, True), (1, False)])
+    def test_vec_normalize_takes_the_statistics_of_the_dataset(self, n_envs: int, training: bool, n_resets: int) -> None:
+        env = VecNormalize(tiny_envs(n_envs), gamma=0.99, training=training)
         for _ in range(n_resets):
             env.reset()
         offline_data = make_dataset(env=TinyEnv())

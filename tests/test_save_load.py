@@ -317,6 +317,24 @@ class TestArguments:
         loaded.learn(2, reset_num_timesteps=False)
         assert loaded.replay_buffer.n_online == 8
 
+    @pytest.mark.parametrize("as_file", [True, False])
+    def test_parameters_alone(self, dataset: Any, tmp_path: Path, as_file: bool) -> None:
+        """SB3's ``set_parameters()``, into a model that has not met the dataset yet."""
+        model = model_at("online", dataset)
+        model.save(tmp_path / "model")
+        fresh = small_model(seed=1)
+        fresh.set_parameters(str(tmp_path / "model") if as_file else model.get_parameters())  # type: ignore[arg-type]
+        assert_same(model.get_parameters(), fresh.get_parameters())
+        # A part of them alone
+        model.set_parameters({"policy": small_model(seed=2).policy.state_dict()}, exact_match=False)  # type: ignore[dict-item]
+
+    @pytest.mark.parametrize("ent_coef", [0.1, "0.1"])
+    def test_a_learned_entropy_coefficient_stays_learned(self, dataset: Any, tmp_path: Path, ent_coef: Any) -> None:
+        model = model_at("offline", dataset)
+        with pytest.raises(TypeError, match=r"`ent_coef='?0\.1'?` is fixed, but the entropy .* is learned: give 'auto'"):
+            saved_and_loaded(model, tmp_path, ent_coef=ent_coef)
+        assert saved_and_loaded(model, tmp_path, ent_coef="auto_0.1").ent_coef == "auto_0.1"
+
     def test_other_arguments(self, dataset: Any, tmp_path: Path) -> None:
         model = model_at("offline", dataset)
         loaded = saved_and_loaded(

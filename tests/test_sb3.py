@@ -592,15 +592,15 @@ class TestTensorBoard:
             assert {"offline/q_data", "rollout/ep_rew_mean"} <= set(scalars(folder))
 
     def test_names(self, dataset: OfflineDataset, tmp_path: Path) -> None:
-        """One run of the given name, or of the default one, also in a derived class; two names are two runs."""
+        """One run of the given name, or of the class; two names are two runs."""
 
         class Derived(Off2OnSAC):
             pass
 
         for folder, offline, online, expected in [
-            ("default", {}, {}, ["Off2OnSAC_1"]),
+            ("default", {}, {}, ["Derived_1"]),
             ("named", {"tb_log_name": "mine"}, {"tb_log_name": "mine"}, ["mine_1"]),
-            ("two", {}, {"tb_log_name": "mine"}, ["Off2OnSAC_1", "mine_1"]),
+            ("two", {}, {"tb_log_name": "mine"}, ["Derived_1", "mine_1"]),
         ]:
             kwargs = small_kwargs(dataset=dataset, tensorboard_log=str(tmp_path / folder))
             model = Derived("MlpPolicy", TinyEnv(), **kwargs)

@@ -813,9 +813,8 @@ def check_action_space(env: GymEnv | str | None, verbose: int = 0) -> GymEnv | N
     env = maybe_make_env(env, verbose)
     action_space = env.action_space
     if not isinstance(action_space, spaces.Box):
-        raise ValueError(
-            f"The actions of `env` must be continuous (a Box space), got {action_space}: use DQN or QR-DQN for those"
-        )
+        hint = ": use DQN or QR-DQN for those" if isinstance(action_space, spaces.Discrete) else ""
+        raise ValueError(f"The actions of `env` must be continuous (a Box space), got {action_space}{hint}")
     if not np.all(np.isfinite([action_space.low, action_space.high])):
         raise ValueError(
             f"The action space of `env` must be bounded, got {action_space}: give it finite bounds, "

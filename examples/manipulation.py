@@ -61,8 +61,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "state": {
         **COMMON,
         "policy": "MlpPolicy",
-        "offline_gradient_steps": 7_500,
-        "offline_bc_steps": 3_000,
+        "tau": 0.02,
+        "offline_gradient_steps": 12_000,
+        "offline_bc_steps": 6_000,
+        "calql": True,
         "policy_kwargs": {"net_arch": [128, 128], "critic_layer_norm": True},
         "density_ratio_kwargs": {"net_arch": [64, 64]},
     },
@@ -83,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--observation", choices=SETTINGS, default="state", help="default: state")
     parser.add_argument("--n-scripted", type=int, default=20_000, help="scripted steps of the dataset (the paper: 100,000)")
-    parser.add_argument("--n-random", type=int, default=4_000, help="random steps of the dataset (the paper: 100,000)")
+    parser.add_argument("--n-random", type=int, default=1_000, help="random steps of the dataset (the paper: 100,000)")
     parser.add_argument("--ensemble-size", type=int, default=4)
     parser.add_argument("--offline-steps", type=int, help="updates of the offline phase (default: as set above)")
     parser.add_argument("--online-episodes", type=int, default=200, help="episodes of fine-tuning (the paper: 1000)")

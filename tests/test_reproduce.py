@@ -637,9 +637,9 @@ class TestWrongUse:
 
     def test_missing_packages(self, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "sb3_contrib", None)
-        with pytest.raises(SystemExit, match=r"TQC is part of sb3-contrib, which is not installed: pip install"):
+        with pytest.raises(SystemExit, match=r"TQC is part of sb3-contrib, which is not installed: pip install \"sb3-contrib"):
             reproduce("today", data, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         monkeypatch.setitem(sys.modules, "sb3_off2on.reproduce.command", None)
-        with pytest.raises(SystemExit, match=r"is not installed: pip install \"sb3_off2on\[reproduce\]\""):
+        with pytest.raises(SystemExit, match=r"is not installed: pip install \"\.\[reproduce\]\" in the folder"):
             reproduce("fig4c", data, tmp_path / "out")

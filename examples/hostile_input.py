@@ -1,6 +1,6 @@
 """
 Feed broken data, files, arguments and environments to the package and count what happens to them: each must be refused with a
-``ValueError`` or ``TypeError`` that has a message, or do no harm. Prints the table of docs/reliability.md.
+``ValueError`` or ``TypeError`` that has a message, or do no harm. Prints a table, see docs/reliability.md.
 
     python examples/hostile_input.py --cases 25
 """

@@ -137,7 +137,9 @@ def run_reproduce(args: argparse.Namespace) -> None:
     try:  # SciPy is an extra
         command = import_module("sb3_off2on.reproduce.command")
     except ModuleNotFoundError as error:
-        sys.exit(f'{args.prog}: error: {error.name} is not installed: pip install ".[reproduce]" in the folder of the source code')
+        sys.exit(
+            f'{args.prog}: error: {error.name} is not installed: pip install ".[reproduce]" in the folder of the source code'
+        )
     command.main(args.rest, args.prog)
 
 

@@ -840,13 +840,12 @@ class TestSaving:
         assert make_ensemble("cnn", **kwargs).features_extractor_class is SmallCNN
 
 
-def test_message_about_layers_names_what_the_argument_takes() -> None:
-    for kwargs, alternative in (
-        ({"policy_kwargs": {"net_arch": [0]}}, ", or a dict of such for pi and qf"),
-        ({"density_ratio_kwargs": {"net_arch": [0]}}, ""),
-    ):
-        with pytest.raises(ValueError, match=rf"must be a list of integers of at least 1{alternative}, got \[0\]"):
-            small_model(**kwargs)
+@pytest.mark.parametrize(
+    ("name", "alternative"), [("policy_kwargs", ", or a dict of such for pi and qf"), ("density_ratio_kwargs", "")]
+)
+def test_message_about_layers_names_what_the_argument_takes(name: str, alternative: str) -> None:
+    with pytest.raises(ValueError, match=rf"must be a list of integers of at least 1{alternative}, got \[0\]"):
+        small_model(**{name: {"net_arch": [0]}})
 
 
 class TestCompile:

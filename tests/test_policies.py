@@ -844,8 +844,9 @@ class TestSaving:
     ("name", "alternative"), [("policy_kwargs", ", or a dict of such for pi and qf"), ("density_ratio_kwargs", "")]
 )
 def test_message_about_layers_names_what_the_argument_takes(name: str, alternative: str) -> None:
+    kwargs: Any = {name: {"net_arch": [0]}}
     with pytest.raises(ValueError, match=rf"must be a list of integers of at least 1{alternative}, got \[0\]"):
-        small_model(**{name: {"net_arch": [0]}})
+        small_model(**kwargs)
 
 
 class TestCompile:

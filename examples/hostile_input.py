@@ -1,6 +1,6 @@
 """
 Feed broken data, files, arguments and environments to the package and count what happens to them: each must be refused with a
-``ValueError`` or ``TypeError`` that has a message, or do no harm. Prints the table of docs/reliability.md.
+``ValueError`` or ``TypeError`` that has a message, or do no harm. Prints a table, see docs/reliability.md.
 
     python examples/hostile_input.py --cases 25
 """
@@ -344,7 +344,7 @@ def _(rng: np.random.Generator, folder: Path) -> None:
     file = path / "data" / "metadata.json"
     metadata = json.loads(file.read_text())
     name = str(rng.choice(["total_episodes", "total_steps", "observation_space", "action_space", "env_spec", "data_format"]))
-    wrong: list[Any] = [None, -1, 10**9, "nonsense", {}, [], '{"type": "Box"}', 2.5]
+    wrong: list[Any] = [None, -1, 10**6, "nonsense", {}, [], '{"type": "Box"}', 2.5]
     metadata[name] = wrong[rng.integers(len(wrong))]
     if rng.integers(4) == 0:
         del metadata[name]

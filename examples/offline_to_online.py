@@ -6,6 +6,7 @@ Pretrain on a dataset, fine-tune online, and report what happened at the hand-ov
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_off2on import Off2OnSAC, OfflineDataset, load_dataset
 
 
+def learned_ent_coef(text: str) -> str:
+    """It must be learned online, as it is offline."""
+    if not re.fullmatch(r"auto(_(?=.*[1-9])\d*\.?\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, or auto_ and a number above 0, got {text!r}")
+    return text
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="+", help="Minari id(s) or path(s); several are joined")
@@ -30,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--online-steps", type=int, default=250_000)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the actor, online")
     parser.add_argument("--qf-learning-rate", type=float, default=3e-4, help="of the critics, online")
-    parser.add_argument("--ent-coef", default="auto", help="online; auto_0.1 learns it from 0.1 on")
+    parser.add_argument("--ent-coef", type=learned_ent_coef, default="auto", help="online: auto, or auto_0.1 to start at 0.1")
     parser.add_argument("--rho", type=float, default=0.75, help="share of online samples in the first update")
     parser.add_argument("--schemes", nargs="+", default=["balanced"], help="replay schemes, each from the same offline agents")
     parser.add_argument("--eval-freq", type=int, default=1000, help="online steps between two evaluations")

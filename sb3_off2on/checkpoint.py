@@ -28,7 +28,7 @@ _NAME = re.compile(r"\d{6,}_\d+_steps")
 # Classes are looked up in what is imported already, and there only in these packages
 _PACKAGES = ("torch.nn", "torch.optim", "stable_baselines3", "sb3_off2on")
 _BASES = (nn.Module, th.optim.Optimizer, ReplayBuffer)
-# Objects that are nothing but their attributes
+# Objects that are nothing but their attributes. Their modules are imported where they are not yet, as the list is ours
 _OBJECTS = {
     "stable_baselines3.common.utils.FloatSchedule",
     "stable_baselines3.common.utils.ConstantSchedule",
@@ -96,6 +96,7 @@ def decode(value: Any, tensors: dict[str, th.Tensor], read_array: Callable[[str]
     :param read_array: gives the array of a name
     :return: what was encoded; arrays without dimensions come back as NumPy numbers
     :raises ValueError: if it names a class that is not known
+    :raises ModuleNotFoundError: if it names an object of a package that is not installed
     """
 
     def inner(part: Any) -> Any:
@@ -131,10 +132,17 @@ def decode(value: Any, tensors: dict[str, th.Tensor], read_array: Callable[[str]
 
 
 def _find_class(name: str) -> Any:
-    """:return: the class, if it is one that a checkpoint may name; nothing is imported because a file says so"""
+    """
+    :return: the class, if it is one that a checkpoint may name
+    :raises ModuleNotFoundError: if it is of a package that is not installed
+    """
     module, _, short_name = name.rpartition(".")
     if name in _OBJECTS:
-        return getattr(import_module(module), short_name)
+        try:
+            return getattr(import_module(module), short_name)
+        except ModuleNotFoundError as error:
+            message = f"The checkpoint holds a {short_name}, which needs {error.name}: install it"
+            raise ModuleNotFoundError(message, name=error.name) from error
     found = getattr(sys.modules.get(module), short_name, None)
     is_ours = any(module == package or module.startswith(f"{package}.") for package in _PACKAGES)
     return found if is_ours and isinstance(found, type) and issubclass(found, _BASES) else None
@@ -236,6 +244,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     :param checkpoint: one of ``find_checkpoints()``
     :return: what was written
     :raises ValueError: if a file is missing, damaged or not to be trusted, with its name
+    :raises ModuleNotFoundError: if it holds an object of a package that is not installed
     """
     for name, (size, checksum) in _read(checkpoint / "manifest.json", _parse_manifest).items():
         path = checkpoint / name
@@ -275,6 +284,8 @@ def _parse_manifest(text: bytes) -> dict[str, tuple[int, str]]:
 def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
         return parse(path.read_bytes())
+    except (MemoryError, ImportError):  # not the checkpoint's fault: an older one would only lose what is in this one
+        raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -285,6 +296,7 @@ def read_newest(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] |
     :return: the newest checkpoint that is not damaged and what is in it, with a warning about each newer one; ``None`` if
         there is no checkpoint
     :raises ValueError: if all are damaged, with what is wrong with the newest
+    :raises ModuleNotFoundError: if the newest that is not damaged holds an object of a package that is not installed
     """
     folder = Path(folder)
     if _NAME.fullmatch(folder.resolve().name):

@@ -115,10 +115,12 @@ def run_zoo_script(args: argparse.Namespace) -> None:
     :param args: ``module`` and ``function`` of the script, ``prog`` to call it, and ``rest``, its arguments
     """
     try:  # RL Zoo is an extra, and takes seconds to import
-        import_module("sb3_off2on.zoo")
+        zoo = import_module("sb3_off2on.zoo")
+        if args.module == "rl_zoo3.push_to_hub":
+            zoo.add_generate_metadata()
         script = None if args.function is None else getattr(import_module(args.module), args.function)
     except ModuleNotFoundError as error:
-        sys.exit(f'{args.prog}: error: {error.name} is not installed: pip install "sb3_off2on[zoo]"')
+        sys.exit(f'{args.prog}: error: {error.name} is not installed: pip install ".[zoo]" in the folder of the source code')
     sys.argv = [args.prog, *args.rest]
     if script is None:
         runpy.run_module(args.module, run_name="__main__")
@@ -135,7 +137,9 @@ def run_reproduce(args: argparse.Namespace) -> None:
     try:  # SciPy is an extra
         command = import_module("sb3_off2on.reproduce.command")
     except ModuleNotFoundError as error:
-        sys.exit(f'{args.prog}: error: {error.name} is not installed: pip install "sb3_off2on[reproduce]"')
+        sys.exit(
+            f'{args.prog}: error: {error.name} is not installed: pip install ".[reproduce]" in the folder of the source code'
+        )
     command.main(args.rest, args.prog)
 
 

@@ -467,16 +467,20 @@ def load_dataset(
 @contextmanager
 def _errors_name(source: str) -> Iterator[None]:
     """
-    Whatever the libraries below make of a broken file, an error that names it.
+    Whatever the libraries below make of a broken file, an error that names it. Where memory or a package is missing, theirs.
 
     :param source: path or id
     """
     try:
         yield
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:
         if isinstance(error, ValueError) and source in str(error):
             raise
-        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}. The file may be damaged") from error
+        # HDF5's errors about what is in a file have no number, those of the system have one: a full disk, no permission
+        advice = ". The file may be damaged" if getattr(error, "errno", None) is None else ""
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}{advice}") from error
 
 
 def _is_file(source: str | os.PathLike[str]) -> bool:
@@ -520,6 +524,8 @@ def _from_minari(dataset: minari.MinariDataset, source: str, memory_map: Path | 
         terminations[rows], truncations[rows] = episode.terminations, episode.truncations
         truncations[rows.stop - 1] = True  # where the episode is open; a termination wins
         start = rows.stop
+    if start != n_steps:
+        raise ValueError(f"{source} has {start} steps in {n_episodes} episodes, but its metadata says {n_steps} steps.")
     if memory_map is not None:
         frames = map_arrays(lambda part: np.load(part.filename, mmap_mode="r"), frames)
     columns = (frames, obs_index, obs_index + 1, actions, rewards, terminations, truncations)
@@ -756,6 +762,10 @@ def collect_dataset(
     """
     Run a policy and write what happens as a Minari dataset, which :func:`load_dataset` loads by its id.
 
+    A model with ``VecNormalize`` around its environment predicts on normalised observations, with the statistics as they are;
+    observations and rewards are written as ``env`` gives them. A loaded model has them only if it was loaded with such an
+    environment, and a policy has none.
+
     Some thousand steps at a time are written: an interrupted run leaves a dataset of those before. Images are stored
     without loss unless ``jpeg_encoding=True`` is given, so that they are those which the environment will show online.
 
@@ -865,13 +875,15 @@ def _run_episode(model: Any, env: gym.Env, deterministic: bool, seed: int | None
     observations: list[Any] = [map_arrays(np.array, observation)]
     actions: list[np.ndarray] = []
     rewards: list[float] = []
+    normalizer = model.get_vec_normalize_env() if isinstance(model, BaseAlgorithm) else None
     state, terminated, truncated = None, False, False
     while not (terminated or truncated):
         if model is None:
             action = space.sample()
         elif isinstance(model, (BaseAlgorithm, BasePolicy)):
             start = np.array([not actions])
-            action, state = model.predict(observation, state=state, episode_start=start, deterministic=deterministic)
+            seen = observation if normalizer is None else normalizer.normalize_obs(observation)
+            action, state = model.predict(seen, state=state, episode_start=start, deterministic=deterministic)
         else:
             action, _ = model.predict(observation, deterministic=deterministic)
         action = np.clip(action, space.low, space.high).astype(space.dtype).reshape(space.shape)

@@ -218,21 +218,22 @@ def pad_columns(x: th.Tensor) -> th.Tensor:
     Matrix products of float32 take up to twice as long on a CPU where rows are no multiple of 32 bytes.
 
     :param x: shape ``(..., n)``
-    :return: with zeros behind, up to the next multiple of 8 columns
+    :return: with zeros appended, up to the next multiple of 8 columns
     """
     missing = -x.shape[-1] % 8
     return nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def check_layers(name: str, layers: Any) -> None:
+def check_layers(name: str, layers: Any, alternative: str = "") -> None:
     """
     :param name: of the argument
     :param layers: sizes of the hidden layers, ``None`` for the default
+    :param alternative: what else the argument may be, for the message
     :raises ValueError: if they are not integers of at least 1
     """
     is_list = isinstance(layers, (list, tuple))
     if layers is not None and not (is_list and all(isinstance(size, int) and size >= 1 for size in layers)):
-        raise ValueError(f"`{name}` must be a list of integers of at least 1, or a dict of such for pi and qf, got {layers!r}")
+        raise ValueError(f"`{name}` must be a list of integers of at least 1{alternative}, got {layers!r}")
 
 
 def member_features(network: BaseModel, obs: PyTorchObs, ensemble_size: int, per_member: bool) -> th.Tensor:
@@ -369,7 +370,7 @@ class EnsembleActor(Actor):
 
 class LayerNormCritic(ContinuousCritic):
     """
-    SB3's critic with a layer norm behind every hidden linear layer.
+    SB3's critic with a layer norm after every hidden linear layer.
 
     :param critic_kwargs: see ``ContinuousCritic``
     """
@@ -518,7 +519,7 @@ class EnsembleCQLPolicy(SACPolicy):
             raise ValueError(f"`n_critics` must be an integer of at least 1, got {n_critics!r}")
         net_arch = kwargs.get("net_arch")
         for layers in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
-            check_layers("net_arch", layers)
+            check_layers("net_arch", layers, ", or a dict of such for pi and qf")
         if kwargs.get("use_sde", False):
             raise ValueError(
                 "`use_sde=True` is not supported: the ensemble acts with the Gaussian that matches the moments of its members "

@@ -291,6 +291,13 @@ class OnlineTrialEvalCallback(TrialEvalCallback):
         return super()._on_step()
 
 
+def add_generate_metadata() -> None:
+    """Prepare ``rl_zoo3.push_to_hub``: RL Zoo 2.9 imports a function of the hub's package that version 3 has renamed."""
+    hub = import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(hub, "generate_metadata"):
+        vars(hub)["generate_metadata"] = lambda *args: hub._generate_metadata(*args).to_dict()
+
+
 class TrainParser(argparse.ArgumentParser):
     """The parser of RL Zoo's training script with two options more; arguments as ``ArgumentParser``."""
 
@@ -327,7 +334,3 @@ vars(rl_zoo3.train).update(
     ExperimentManager=OfflineToOnlineExperimentManager,
     argparse=SimpleNamespace(**{**vars(argparse), "ArgumentParser": TrainParser}),
 )
-_hub = import_module("huggingface_sb3.push_to_hub")
-if not hasattr(_hub, "generate_metadata"):
-    # RL Zoo 2.9 imports this from the hub's package, whose version 3 has it under another name
-    vars(_hub)["generate_metadata"] = lambda *args: _hub._generate_metadata(*args).to_dict()

@@ -21,6 +21,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import TinyEnv, assert_same, make_dataset, small_kwargs
+from rl_zoo3.utils import SimpleLinearSchedule
 from safetensors.torch import save as save_tensors
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -480,6 +481,27 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"the checkpoint is damaged"):
             model.resume(tmp_path)
         assert_same(everything(model), before)
+
+    def test_missing_package_and_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The newest is not damaged then, so no older one takes its place."""
+        model = make(learning_rate=SimpleLinearSchedule(1e-3))
+        for _ in range(2):
+            model.save_checkpoint(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "rl_zoo3.utils")
+            patch.setitem(sys.modules, "rl_zoo3", None)
+            with pytest.raises(ModuleNotFoundError, match=r"holds a SimpleLinearSchedule, which needs rl_zoo3.*: install it"):
+                Off2OnSAC.load_checkpoint(tmp_path, Timed())
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "rl_zoo3.utils")
+            assert Off2OnSAC.load_checkpoint(tmp_path, Timed()).lr_schedule(0.5) == 5e-4
+
+        def fail(data: bytes) -> None:
+            raise MemoryError("too large")
+
+        monkeypatch.setattr(checkpoint, "load_tensors", fail)
+        with pytest.raises(MemoryError, match=r"^too large$"):
+            Off2OnSAC.load_checkpoint(tmp_path, Timed())
 
     def test_half_written_and_foreign_folders(self, tmp_path: Path) -> None:
         path = small_checkpoint(tmp_path)

@@ -1,5 +1,6 @@
 """Rows name themselves here (see ``make_rows``), and each loader is held against the plain list of what it must give."""
 
+import errno
 import os
 import pickle
 import time
@@ -18,7 +19,7 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.save_util import save_to_pkl
-from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_off2on.datasets import OfflineDataset, collect_dataset, load_dataset
 
@@ -268,6 +269,10 @@ def test_minari_errors(tmp_path, minari_root):
             file[f"episode_1/{field}"].resize(int(field == "observations"), axis=0)
     with pytest.raises(ValueError, match=r"empty-v0, episode 1 has no steps.*filter_episodes"):
         load_dataset(made)
+    for name, wrong in (("total_steps", 20), ("total_episodes", 3)):
+        make_minari(f"{name}-v0").storage.update_metadata({name: wrong})
+        with pytest.raises(ValueError, match=r"-v0 has \d+ steps in \d episodes, but its metadata says \d+ steps"):
+            load_dataset(f"{name}-v0")
     discrete = make_minari("discrete-v0", action_space=spaces.Discrete(3))
     with pytest.raises(ValueError, match=r"discrete-v0: action space Discrete\(3\) is not a Box"):
         load_dataset(discrete)
@@ -375,6 +380,26 @@ def test_d4rl_without_timeouts(tmp_path):
     assert dataset.truncations.tolist() == [False] * 12 + [True]
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "match"),
+    [
+        (MemoryError("too large"), MemoryError, r"^too large$"),
+        (ModuleNotFoundError("No module named 'x'"), ModuleNotFoundError, r"^No module named 'x'$"),
+        (OSError(errno.ENOSPC, "No space left"), ValueError, r"a.npz cannot be read: OSError: \[Errno 28\] No space left$"),
+        (OSError("truncated file"), ValueError, r"a.npz cannot be read: OSError: truncated file. The file may be damaged$"),
+        (KeyError("x"), ValueError, r"a.npz cannot be read: KeyError: 'x'. The file may be damaged$"),
+    ],
+)
+def test_only_what_the_file_is_to_blame_for(error, expected, match, tmp_path, monkeypatch):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr("sb3_off2on.datasets._read_arrays", fail)
+    (tmp_path / "a.npz").touch()
+    with pytest.raises(expected, match=match):
+        load_dataset(tmp_path / "a.npz")
+
+
 def test_d4rl_errors(tmp_path):
     source = write_hdf5(tmp_path / "a.hdf5", d4rl_arrays(make_rows(), "rewards", "terminals") | {"infos/x": np.zeros(1)})
     with pytest.raises(
@@ -384,7 +409,7 @@ def test_d4rl_errors(tmp_path):
     with pytest.raises(ValueError, match=r"The file .*no.hdf5 does not exist"):
         load_dataset(tmp_path / "no.hdf5")
     (tmp_path / "text.hdf5").write_text("no HDF5")
-    with pytest.raises(ValueError, match=r"text.hdf5 cannot be read"):
+    with pytest.raises(ValueError, match=r"text.hdf5 cannot be read: OSError: .* The file may be damaged"):
         load_dataset(tmp_path / "text.hdf5")
     (tmp_path / "data.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"Cannot load a dataset from the file .*data.csv. A source is a Minari id"):
@@ -850,6 +875,23 @@ def test_collect_sac():
     np.testing.assert_allclose(dataset.actions, model.predict(dataset.observations, deterministic=True)[0], atol=1e-5)
     noisy = [load_dataset(collect_dataset(model, NamedSteps(), 30, f"noisy-v{seed}", seed=seed % 2)) for seed in range(3)]
     assert noisy[0].fingerprint == noisy[2].fingerprint != noisy[1].fingerprint
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_collect_under_vec_normalize(as_dict):
+    """The policy sees what it was trained on, the dataset holds what the environment gave."""
+    env = VecNormalize(DummyVecEnv([lambda: NamedSteps(as_dict)]))
+    rms: Any = env.obs_rms["x"] if as_dict else env.obs_rms
+    rms.mean, rms.var = np.array([3000.0, -2.0]), np.array([1e6, 4.0])
+    policy = "MultiInputPolicy" if as_dict else "MlpPolicy"
+    model = SAC(policy, env, buffer_size=1, policy_kwargs=dict(net_arch=[4]), device="cpu")
+    dataset = load_dataset(collect_dataset(model, NamedSteps(as_dict), 30, "normalized-v0", deterministic=True))
+    raw = one_array(dataset.observations["x"] if as_dict else dataset.observations)
+    check_named_steps(replace(dataset, frames=dataset.frames["x"], observation_space=OBS_SPACE) if as_dict else dataset, 30)
+    scaled = (raw - [3000.0, -2.0]) / [1000.0, 2.0]
+    expected, _ = model.predict({"x": scaled} if as_dict else scaled, deterministic=True)
+    np.testing.assert_allclose(dataset.actions, expected, atol=1e-4)
+    np.testing.assert_array_equal(rms.mean, [3000.0, -2.0])
 
 
 def test_collect_pendulum_by_id():

@@ -7,7 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 
-from sb3_off2on import Off2OnSAC, collect_dataset
+from sb3_off2on import AWAC, BCQ, Off2OnSAC, collect_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -16,11 +16,10 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
 ]
-# Datasets that the documentation names, and the environments that stand in for them
+# Datasets that the documentation names, and the environments whose random steps stand in for them
 DATASETS = {
     "pendulum/replay-v0": "Pendulum-v1",
     "pendulum/medium-v0": "Pendulum-v1",
-    "pendulum/expert-v0": "Pendulum-v1",
     "mujoco/halfcheetah/medium-v0": "HalfCheetah-v5",
 }
 
@@ -38,6 +37,10 @@ def local_datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(Off2OnSAC.pretrain_offline.__func__.__kwdefaults__, "offline_gradient_steps", 4)  # type: ignore[attr-defined]
+    for algorithm in (Off2OnSAC, AWAC, BCQ):
+        # `learning_starts` and `train_freq`
+        defaults = tuple(4 if default == 1000 else default for default in algorithm.__init__.__defaults__ or ())
+        monkeypatch.setattr(algorithm.__init__, "__defaults__", defaults)
     monkeypatch.setattr(Off2OnSAC, "_online_gradient_steps", lambda self, gradient_steps: 2)
     exec(compile(re.sub(r"\b\d+(_000)+\b", "4", block), "documentation", "exec"), {})
 

@@ -352,7 +352,7 @@ def test_missing_libraries(monkeypatch):
 def test_missing_mujoco(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     monkeypatch.delitem(sys.modules, "sb3_off2on.envs.tabletop")
-    with pytest.raises(DependencyNotInstalled, match=r"MuJoCo cannot be imported: .*pip install 'sb3_off2on\[envs\]'"):
+    with pytest.raises(DependencyNotInstalled, match=r"MuJoCo cannot be imported: .*pip install 'gymnasium\[mujoco\]'"):
         gym.make("Off2OnPickPlace-State-v0")
 
 

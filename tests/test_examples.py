@@ -40,6 +40,16 @@ def test_offline_to_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         assert result["worst_first_5k"] <= result["offline"]
 
 
+def test_offline_to_online_learns_the_entropy_coefficient(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fixed one is refused before anything is trained."""
+    monkeypatch.setattr(sys, "argv", ["", DATASET, "--ent-coef", "0.1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "offline_to_online.py"), run_name="__main__")
+    assert "--ent-coef: must be auto, or auto_ and a number above 0, got '0.1'" in capsys.readouterr().err
+
+
 def test_sampled_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both forms are trained and compared; the second time they are only compared."""
     arguments = "--n-seeds 2 --offline-steps 8 --offline-batch-size 4 --cql-n-actions 2 --n-evaluations 2 --eval-episodes 1"

@@ -840,6 +840,15 @@ class TestSaving:
         assert make_ensemble("cnn", **kwargs).features_extractor_class is SmallCNN
 
 
+@pytest.mark.parametrize(
+    ("name", "alternative"), [("policy_kwargs", ", or a dict of such for pi and qf"), ("density_ratio_kwargs", "")]
+)
+def test_message_about_layers_names_what_the_argument_takes(name: str, alternative: str) -> None:
+    kwargs: Any = {name: {"net_arch": [0]}}
+    with pytest.raises(ValueError, match=rf"must be a list of integers of at least 1{alternative}, got \[0\]"):
+        small_model(**kwargs)
+
+
 class TestCompile:
     def test_same_update(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both phases, with the compiler's front end alone: a bare machine has no C++ compiler."""

@@ -260,7 +260,7 @@ def test_any_arguments_work_or_are_refused(cls: Any, data: st.DataObject) -> Non
 
 
 def test_hostile_input() -> None:
-    """Two cases of each kind here; docs/reliability.md has the table of all."""
+    """Two cases of each kind here; docs/reliability.md tells of more."""
     assert len(hostile_input.KINDS) >= 40
     for name, n_refused, n_harmless, crashes in hostile_input.feed(2, seed=1):
         assert not crashes, (name, crashes)

@@ -603,7 +603,9 @@ class TestWrongUse:
             (["--offline-steps", "0"], r"`--offline-steps` must be at least 1, got 0"),
             (["--scale", "0"], r"`--scale` must be above 0, got 0.0"),
             (["--learning-rate", "-1"], r"`--learning-rate` must be above 0, got -1.0"),
-            (["--ent-coef", "auto_x"], r"`--ent-coef` must be a number, auto, or auto_ and a number, got 'auto_x'"),
+            (["--ent-coef", "auto_x"], r"`--ent-coef` must be auto, or auto_ and a number above 0, got 'auto_x'"),
+            (["--ent-coef", "auto_0.0"], r"`--ent-coef` must be auto, or auto_ and a number above 0, got 'auto_0.0'"),
+            (["--ent-coef", "0.1"], r"`--ent-coef` must be auto, or auto_ and a number above 0, got '0.1'"),
             (["--batch-size", "0"], r"`--batch-size` must be at least 1, got 0"),
             (["--ensemble-size", "1"], r"`--ensemble-size 1` is too small: 'Off2On, N=2' needs 2 agents"),
         ],
@@ -635,9 +637,9 @@ class TestWrongUse:
 
     def test_missing_packages(self, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "sb3_contrib", None)
-        with pytest.raises(SystemExit, match=r"TQC is part of sb3-contrib, which is not installed: pip install"):
+        with pytest.raises(SystemExit, match=r"TQC is part of sb3-contrib, which is not installed: pip install \"sb3-contrib"):
             reproduce("today", data, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         monkeypatch.setitem(sys.modules, "sb3_off2on.reproduce.command", None)
-        with pytest.raises(SystemExit, match=r"is not installed: pip install \"sb3_off2on\[reproduce\]\""):
+        with pytest.raises(SystemExit, match=r"is not installed: pip install \"\.\[reproduce\]\" in the folder"):
             reproduce("fig4c", data, tmp_path / "out")

@@ -16,7 +16,7 @@ try:
     import mujoco  # type: ignore[import-untyped]
 except (ImportError, AttributeError) as error:  # the latter is PyOpenGL's, where MUJOCO_GL names a library that is missing
     raise DependencyNotInstalled(
-        f"MuJoCo cannot be imported: {error}. Install it with pip install 'sb3_off2on[envs]', and leave MUJOCO_GL unset "
+        f"MuJoCo cannot be imported: {error}. Install it with pip install 'gymnasium[mujoco]', and leave MUJOCO_GL unset "
         "unless the library that it names is installed."
     ) from error
 

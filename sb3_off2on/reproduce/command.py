@@ -123,7 +123,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     given.add_argument("--cql-n-actions", type=int, help="sampled actions of CQL's term, each of three kinds")
     given.add_argument("--batch-size", type=int, help="rows per online update of every algorithm")
     given.add_argument("--learning-rate", type=float, help="of Off2OnSAC's actor online (paper: 3e-4, 3e-5 or 5e-6)")
-    given.add_argument("--ent-coef", help="of Off2OnSAC online, as SAC's `ent_coef`: auto_0.1 starts at 0.1 instead of 1")
+    given.add_argument("--ent-coef", help="of Off2OnSAC online: auto, or auto_0.1 to start at 0.1 instead of 1")
     return parser
 
 
@@ -139,8 +139,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"`--{name.replace('_', '-')}` must be above 0, got {value}")
-    if args.ent_coef is not None and not re.fullmatch(r"auto(_\d*\.?\d+)?|\d*\.?\d+", args.ent_coef):
-        raise ValueError(f"`--ent-coef` must be a number, auto, or auto_ and a number, got {args.ent_coef!r}")
+    # Learned, as that of the pretrained agents is: a fixed one has other parameters
+    if args.ent_coef is not None and not re.fullmatch(r"auto(_(?=.*[1-9])\d*\.?\d+)?", args.ent_coef):
+        raise ValueError(f"`--ent-coef` must be auto, or auto_ and a number above 0, got {args.ent_coef!r}")
 
 
 def main(argv: Sequence[str], prog: str = "sb3-off2on reproduce") -> None:

@@ -38,7 +38,7 @@ from sb3_off2on.offline import OfflineToOnline
 from sb3_off2on.reproduce.analyses import FIRST_ROWS_FILE
 from sb3_off2on.reproduce.systems import Job
 
-# A folder of each job, and how many updates or steps may be lost
+# A folder of each job, and after how many updates or steps one is due; online, it may wait as long again for an episode to end
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_FREQ = 1000
 
@@ -95,7 +95,7 @@ def algorithm_class(name: str) -> Any:
             return getattr(import_module("sb3_contrib"), name)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f'{name} is part of sb3-contrib, which is not installed: pip install "sb3_off2on[reproduce]"'
+                f'{name} is part of sb3-contrib, which is not installed: pip install "sb3-contrib>=2.9,<3.0"'
             ) from error
     return {"SAC": SAC, "Off2OnSAC": Off2OnSAC, "AWAC": AWAC, "BCQ": BCQ}[name]
 

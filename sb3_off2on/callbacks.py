@@ -14,7 +14,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.save_util import recursive_getattr
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
@@ -22,6 +21,7 @@ from sb3_off2on.checkpoint import find_checkpoints
 from sb3_off2on.datasets import normalized_score
 from sb3_off2on.offline import OfflineToOnline
 from sb3_off2on.policies import EnsembleCritic
+from sb3_off2on.schedules import ScaledSchedule
 
 
 def _check_parent(callback: BaseCallback) -> None:
@@ -234,25 +234,6 @@ class OfflineShareCallback(BaseCallback):
         if self.model._handed_over and self.n_calls % self.eval_freq == 0:
             self.logger.record(f"replay/{self.name}_share", self.share())
         return True
-
-
-class ScaledSchedule:
-    """
-    A schedule times a constant.
-
-    :param schedule: the schedule
-    :param factor: the constant
-    """
-
-    def __init__(self, schedule: Schedule, factor: float):
-        self.schedule = schedule
-        self.factor = factor
-
-    def __call__(self, progress_remaining: float) -> float:
-        return self.factor * self.schedule(progress_remaining)
-
-    def __repr__(self) -> str:
-        return f"ScaledSchedule(schedule={self.schedule}, factor={self.factor})"
 
 
 def _get_state(model: BaseAlgorithm) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -36,7 +36,7 @@ _OBJECTS = {
     "stable_baselines3.common.noise.NormalActionNoise",
     "stable_baselines3.common.noise.OrnsteinUhlenbeckActionNoise",
     "stable_baselines3.common.noise.VectorizedActionNoise",
-    "sb3_off2on.callbacks.ScaledSchedule",
+    "sb3_off2on.schedules.ScaledSchedule",
     "rl_zoo3.utils.SimpleLinearSchedule",
 }
 # ---------------------------------------------------------------------- nested values <-> JSON, tensors and arrays

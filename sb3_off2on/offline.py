@@ -447,12 +447,7 @@ class OfflineToOnline(Resumable, Guarded):
         dataset = load_dataset(dataset, download=download)
         if env is None:
             env = dataset.make_env()
-        if policy is None:
-            if isinstance(dataset.observation_space, spaces.Dict):
-                policy = "MultiInputPolicy"
-            else:
-                policy = "CnnPolicy" if is_image_space(dataset.observation_space) else "MlpPolicy"
-        model = cls(policy, env, dataset=dataset, **kwargs)  # type: ignore[call-arg]
+        model = cls(policy or default_policy(dataset.observation_space), env, dataset=dataset, **kwargs)  # type: ignore[call-arg]
         return model.learn_offline(None, offline_gradient_steps, callback, log_interval, progress_bar)
 
     def learn_offline(
@@ -777,6 +772,16 @@ class OfflineToOnline(Resumable, Guarded):
     def _excluded_save_params(self) -> list[str]:
         not_saved = ["_callback", "_session", "_sound_normalization", "_checkpoint_folder"]
         return [*super()._excluded_save_params(), *self._dataset_params, *not_saved]
+
+
+def default_policy(observation_space: spaces.Space) -> str:
+    """
+    :param observation_space: as it is for the user, images with channels first or last
+    :return: name of the policy for it
+    """
+    if isinstance(observation_space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
 
 
 def check_replay_arguments(replay_buffer_class: type[ReplayBuffer] | None, n_steps: int) -> type[BalancedReplayBuffer]:

@@ -18,8 +18,6 @@ BLOCKS = [
 ]
 # Datasets that the documentation names, and the environments whose random steps stand in for them
 DATASETS = {
-    "pendulum/replay-v0": "Pendulum-v1",
-    "pendulum/medium-v0": "Pendulum-v1",
     "mujoco/halfcheetah/medium-v0": "HalfCheetah-v5",
 }
 

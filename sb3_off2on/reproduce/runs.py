@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3 import SAC
@@ -27,14 +26,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_off2on.awac import AWAC
 from sb3_off2on.bcq import BCQ
 from sb3_off2on.callbacks import ActionAUROCCallback, ResumableCheckpointCallback
 from sb3_off2on.off2on_sac import Off2OnSAC
-from sb3_off2on.offline import OfflineToOnline
+from sb3_off2on.offline import OfflineToOnline, default_policy
 from sb3_off2on.reproduce.analyses import FIRST_ROWS_FILE
 from sb3_off2on.reproduce.systems import Job
 
@@ -100,16 +98,6 @@ def algorithm_class(name: str) -> Any:
     return {"SAC": SAC, "Off2OnSAC": Off2OnSAC, "AWAC": AWAC, "BCQ": BCQ}[name]
 
 
-def policy_name(space: spaces.Space) -> str:
-    """
-    :param space: observation space
-    :return: the policy for it
-    """
-    if isinstance(space, spaces.Dict):
-        return "MultiInputPolicy"
-    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
-
-
 def write_record(folder: Path, **record: Any) -> None:
     """
     :param folder: of a job
@@ -159,7 +147,7 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     else:
         algorithm = {"awac": AWAC, "bcq": BCQ}.get(settings["pretraining"], Off2OnSAC)
         model = algorithm(
-            policy_name(env.observation_space),
+            default_policy(env.observation_space),
             env,
             dataset=job.task.dataset,
             seed=settings["seed"],
@@ -193,7 +181,7 @@ def make_model(job: Job) -> Any:
             return pretrained
     if settings["dataset"] is not None:
         kwargs = {**kwargs, "dataset": job.task.dataset}
-    model = algorithm(policy_name(env.observation_space), env, seed=settings["seed"], **kwargs)
+    model = algorithm(default_policy(env.observation_space), env, seed=settings["seed"], **kwargs)
     if job.after is not None:
         # Members are independent: the first ones of a large ensemble are a small one
         for index in range(model.policy.ensemble_size):

@@ -26,19 +26,9 @@ MAX_ROWS_AT_ONCE = 1024
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-def stack_parameters(stacked: nn.Module, layers: Sequence[nn.Module]) -> None:
+class EnsembleLayer(nn.Module):
     """
-    :param stacked: gets the weights and biases of all layers as its own, with a leading member axis
-    :param layers: the members' layers
-    """
-    for name in ("weight", "bias"):  # a layer that was frozen stays so
-        members = [getattr(layer, name) for layer in layers]
-        setattr(stacked, name, nn.Parameter(th.stack(members).detach(), requires_grad=members[0].requires_grad))
-
-
-class EnsembleLinear(nn.Module):
-    """
-    N linear layers as one batched product.
+    Weights and biases of N layers, with a leading member axis.
 
     :param layers: the members' layers, all of one shape
     """
@@ -46,9 +36,15 @@ class EnsembleLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
-        stack_parameters(self, layers)
+        for name in ("weight", "bias"):  # a layer that was frozen stays so
+            members = [getattr(layer, name) for layer in layers]
+            setattr(self, name, nn.Parameter(th.stack(members).detach(), requires_grad=members[0].requires_grad))
+
+
+class EnsembleLinear(EnsembleLayer):
+    """N linear layers as one batched product."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
@@ -58,19 +54,15 @@ class EnsembleLinear(nn.Module):
         return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
 
 
-class EnsembleLayerNorm(nn.Module):
+class EnsembleLayerNorm(EnsembleLayer):
     """
-    N layer norms over the last axis.
+    N layer norms.
 
     :param layers: the members' norms, all of one shape
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter
-
     def __init__(self, layers: Sequence[nn.LayerNorm]) -> None:
-        super().__init__()
-        stack_parameters(self, layers)
+        super().__init__(layers)
         self.normalized_shape, self.eps = layers[0].normalized_shape, layers[0].eps
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -136,8 +128,8 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     if isinstance(first, nn.Sequential):
         return EnsembleSequential(*(stack_modules(layers) for layers in zip(*modules, strict=True)))
     if isinstance(first, nn.Linear) and first.bias is not None:
-        return EnsembleLinear(modules)  # type: ignore[arg-type]
-    if isinstance(first, nn.LayerNorm) and first.bias is not None and len(first.normalized_shape) == 1:
+        return EnsembleLinear(modules)
+    if isinstance(first, nn.LayerNorm) and first.bias is not None:
         return EnsembleLayerNorm(modules)  # type: ignore[arg-type]
     if type(first) is nn.ReLU:
         # Its input is the output of a linear layer or a norm, which nobody else reads: no second tensor of that size

@@ -888,8 +888,10 @@ class TestErrors:
             small_model(**kwargs)
 
     def test_discrete_actions(self) -> None:
-        with pytest.raises(ValueError, match=r"must be continuous \(a Box space\), got Discrete\(3\)"):
+        with pytest.raises(ValueError, match=r"must be continuous \(a Box space\), got Discrete\(3\): use DQN or QR-DQN"):
             small_model(DiscreteEnv())
+        with pytest.raises(ValueError, match=r"must be continuous \(a Box space\), got MultiBinary\(2\)$"):
+            small_model(TinyEnv(action_space=spaces.MultiBinary(2)))
 
     @pytest.mark.parametrize("n_envs", [None, 2])
     def test_unbounded_actions(self, n_envs: int | None) -> None:

@@ -654,22 +654,22 @@ class Off2OnSAC(OfflineToOnline, SAC):
         qf_learning_rate = (self.qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
         update_learning_rate(self.critic.optimizer, qf_learning_rate)
 
-        ent_coef_losses, ent_coefs = [], []
-        actor_losses, critic_losses = [], []
-        density_ratio_losses, offline_fractions = [], []
+        # Filled in place: scalars that stay, one after each update, would keep the memory between them from being used again
+        logged = th.full((6, gradient_steps), math.nan, device=self.device)
+        ent_coef_losses, ent_coefs, actor_losses, critic_losses, density_ratio_losses, offline_fractions = logged
         replay_is_balanced = self._replay_is_balanced
 
         for gradient_step in range(gradient_steps):
             # Lines 13-14 of Algorithm 2
             if replay_is_balanced:
-                reference_data, density_ratio_loss_value = self._train_density_ratio(batch_size)
-                density_ratio_losses.append(density_ratio_loss_value)
+                reference_data, density_ratio_losses[gradient_step] = self._train_density_ratio(batch_size)
 
             # Sample replay buffer (line 16)
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             if self._has_fault(replay_data):
                 continue
-            offline_fractions.append(th.as_tensor(replay_data.indices < self.replay_buffer.n_offline).double().mean())
+            is_offline = to_device(replay_data.indices < self.replay_buffer.n_offline, self.device)
+            offline_fractions[gradient_step] = is_offline.float().mean()
 
             # Action by the ensemble's policy (Eq. 5) for the sampled state
             actions_pi, log_prob = self.actor.action_log_prob(replay_data.observations)  # (batch_size, .), (batch_size,)
@@ -727,8 +727,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
             ):
                 continue
             self.critic.optimizer.step()
-            critic_losses.append(critic_loss.detach())
-            ent_coefs.append(ent_coef)
+            critic_losses[gradient_step] = critic_loss.detach()
+            ent_coefs[gradient_step] = ent_coef
 
             # Optimize entropy coefficient, also called
             # entropy temperature or alpha in the paper
@@ -736,7 +736,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 self.ent_coef_optimizer.zero_grad()
                 ent_coef_loss.backward()
                 self.ent_coef_optimizer.step()
-                ent_coef_losses.append(ent_coef_loss.detach())
+                ent_coef_losses[gradient_step] = ent_coef_loss.detach()
 
             # Compute actor loss (line 18)
             # Min over each member's critic networks, mean over the members (Eq. 5)
@@ -750,7 +750,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             if self._has_fault(replay_data, 1, self.actor.optimizer, q_values_pi=mean_qf_pi, actor_loss=actor_loss):
                 continue
             self.actor.optimizer.step()
-            actor_losses.append(actor_loss.detach())
+            actor_losses[gradient_step] = actor_loss.detach()
 
             # Lines 19-22 of Algorithm 2
             if replay_is_balanced:
@@ -766,23 +766,25 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/qf_learning_rate", qf_learning_rate)
-        self._record_means("train/ent_coef", ent_coefs)
-        self._record_means("train/actor_loss", actor_losses)
-        self._record_means("train/critic_loss", critic_losses)
-        self._record_means("train/ent_coef_loss", ent_coef_losses)
-        if len(density_ratio_losses) > 0:
-            self._record_means("density_ratio/loss", density_ratio_losses)
+        self._record_mean("train/ent_coef", ent_coefs)
+        self._record_mean("train/actor_loss", actor_losses)
+        self._record_mean("train/critic_loss", critic_losses)
+        self._record_mean("train/ent_coef_loss", ent_coef_losses)
+        self._record_mean("density_ratio/loss", density_ratio_losses)
+        if replay_is_balanced and gradient_steps > 0:
             self.logger.record("replay/default_priority", self.replay_buffer.default_priority)
         if self.dataset is not None:
-            self._record_means("replay/offline_fraction", offline_fractions)
+            self._record_mean("replay/offline_fraction", offline_fractions)
 
-    def _record_means(self, name: str, values: list[th.Tensor]) -> None:
+    def _record_mean(self, name: str, values: th.Tensor) -> None:
         """
         :param name: what to log
-        :param values: scalars, one for each update; none where there is nothing of the kind, or faults ended all updates
+        :param values: one for each update, NaN where there is none; not logged if there is none at all, as of a coefficient
+            that is not learned or where faults ended all updates
         """
-        if len(values) > 0:
-            self.logger.record(name, th.stack(values).nanmean().item())
+        mean = values.nanmean().item()
+        if not math.isnan(mean):
+            self.logger.record(name, mean)
 
     def _train_density_ratio(self, batch_size: int) -> tuple[BalancedReplayBufferSamples, th.Tensor]:
         """

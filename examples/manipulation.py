@@ -50,9 +50,11 @@ COMMON: dict[str, Any] = {
     "offline_batch_size": 128,
     "cql_alpha": 1.0,
     "cql_n_actions": 4,
-    "learning_rate": 3e-4,
+    "learning_rate": LinearSchedule(3e-4, 0.0, 1.0),
     "learning_starts": 400,
     "train_freq": 40,
+    "first_update_multiplier": 1,
+    "initial_online_fraction": 0.5,
     "batch_size": 128,
     "buffer_size": 100_000,
     "priority_temperature": 2.5,
@@ -89,9 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ensemble-size", type=int, default=4)
     parser.add_argument("--offline-steps", type=int, help="updates of the offline phase (default: as set above)")
     parser.add_argument("--online-episodes", type=int, default=200, help="episodes of fine-tuning (the paper: 1000)")
-    parser.add_argument("--cql-alpha-online", type=float, default=0.0, help="above 0 for the rows with CQL (Fig. 16)")
+    parser.add_argument("--cql-alpha-online", type=float, default=1.0, help="0 for SAC's objective")
     parser.add_argument("--eval-freq", type=int, default=1_000, help="environment steps between two evaluations")
-    parser.add_argument("--eval-episodes", type=int, default=20)
+    parser.add_argument("--eval-episodes", type=int, default=40)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=1)

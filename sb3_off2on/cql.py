@@ -47,8 +47,10 @@ def draw_softmax_actions(q_sampled: th.Tensor, log_density: th.Tensor, temperatu
     :return: indices of the drawn actions, shape ``(ensemble_size, n_critics, batch_size)``
     """
     logits = q_sampled / temperature - log_density.unsqueeze(1)
-    # Gumbel-max: the argmax of logits with Gumbel noise, -log(-log(Uniform(0, 1))), is distributed as their softmax
-    return (logits - th.rand_like(logits).log_().neg_().log_()).argmax(dim=2)
+    # By inverse transform sampling: one random number per draw instead of one per action, and no logarithms of them
+    cumulated = logits.softmax(dim=2).cumsum(dim=2)
+    total = cumulated[:, :, -1:]
+    return (cumulated < th.rand_like(total) * total).sum(dim=2)
 
 
 def calql_lower_bound(q_policy: th.Tensor, mc_returns: th.Tensor) -> th.Tensor:

@@ -51,7 +51,8 @@ class EnsembleLinear(EnsembleLayer):
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+        # In place, where baddbmm() would copy the bias to every row first
+        return th.bmm(x, self.weight.transpose(1, 2)).add_(self.bias.unsqueeze(1))
 
 
 class EnsembleLayerNorm(EnsembleLayer):
@@ -188,16 +189,17 @@ def _unstack_relu_mlps(layers: Sequence[EnsembleLinear]) -> list[Callable[[th.Te
         added = th.baddbmm(layer.bias.unsqueeze(2), layer.weight, added.unsqueeze(2)).squeeze(2)
         weights.append(pad_columns(layer.weight).transpose(1, 2))
         biases.append(added)
-    lows = [-bias for bias in biases[:-1]]
+    offsets = [-bias for bias in biases[:-1]] + biases[-1:]
+    networks = zip(*(zip(weight, offset, strict=True) for weight, offset in zip(weights, offsets, strict=True)), strict=True)
 
-    def run(network: int, x: th.Tensor) -> th.Tensor:
-        for weight, low in zip(weights[:-1], lows, strict=True):
-            x = pad_columns(x) @ weight[network]
+    def run(layers: Sequence[tuple[th.Tensor, th.Tensor]], x: th.Tensor) -> th.Tensor:
+        for weight, low in layers[:-1]:
+            x = pad_columns(x) @ weight
             # In place, as the product is still in the cache
-            x = th.maximum(x, low[network], out=x)
-        return _linear(weights[-1][network], biases[-1][network], x)
+            x = th.maximum(x, low, out=x)
+        return _linear(*layers[-1], x)
 
-    return [partial(run, network) for network in range(len(added))]
+    return [partial(run, layers) for layers in networks]
 
 
 def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:

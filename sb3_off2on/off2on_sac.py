@@ -659,7 +659,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         ent_coef_losses, ent_coefs, actor_losses, critic_losses, density_ratio_losses, offline_fractions = logged
         replay_is_balanced = self._replay_is_balanced
 
-        for gradient_step in range(gradient_steps):
+        for gradient_step in self._steps_shown(gradient_steps):
             # Lines 13-14 of Algorithm 2
             if replay_is_balanced:
                 reference_data, density_ratio_losses[gradient_step] = self._train_density_ratio(batch_size)

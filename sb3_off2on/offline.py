@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +13,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import KVWriter, configure
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
@@ -26,7 +26,7 @@ from sb3_off2on.buffers import BalancedReplayBuffer, BalancedReplayBufferSamples
 from sb3_off2on.datasets import OfflineDataset, load_dataset
 from sb3_off2on.guard import Guarded
 from sb3_off2on.policies import EnsembleCQLPolicy
-from sb3_off2on.resume import Resumable, set_session
+from sb3_off2on.resume import Resumable, iterate_callbacks, set_session
 from sb3_off2on.workers import close_dead_workers, watched_workers
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
@@ -35,6 +35,8 @@ SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 CALLS = ("learn_offline", "fit_fqe", "learn")
 # Optimizers divide by small numbers: much larger ones overflow in float32
 MAX_LEARNING_RATE = 1e6
+# Online updates between two looks at the progress bar
+STEPS_PER_DISPLAY = 50
 
 
 class TensorReader(KVWriter):
@@ -137,7 +139,7 @@ class OfflineToOnline(Resumable, Guarded):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
-        for _ in range(gradient_steps):
+        for _ in self._steps_shown(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             if self._has_fault(replay_data):
                 continue
@@ -698,6 +700,26 @@ class OfflineToOnline(Resumable, Guarded):
         if self._first_update_is_due and self.pretrained and self.learning_starts > 0:
             return self.first_update_multiplier * self.learning_starts
         return gradient_steps
+
+    def _steps_shown(self, gradient_steps: int) -> Iterator[int]:
+        """
+        Count the updates of one call of ``train()``. As there can be thousands between two environment steps, which SB3's
+        progress bar counts, the bar's description tells how far they are.
+
+        :param gradient_steps: number of updates
+        :return: their numbers, from 0
+        """
+        bars = []
+        if gradient_steps > STEPS_PER_DISPLAY:
+            callbacks = iterate_callbacks(self._callback)
+            bars = [callback.pbar for callback in callbacks if isinstance(callback, ProgressBarCallback)]
+        for gradient_step in range(gradient_steps):
+            if gradient_step % STEPS_PER_DISPLAY == 0:
+                for bar in bars:
+                    bar.set_description(f"update {gradient_step:,} of {gradient_steps:,}")
+            yield gradient_step
+        for bar in bars:
+            bar.set_description(None)
 
     def _setup_learn(
         self,

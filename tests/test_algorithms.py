@@ -23,6 +23,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.td3.policies import TD3Policy
+from test_offline import FakeBar
 
 from sb3_off2on import AWAC, BCQ, Off2OnSAC, load_dataset
 
@@ -102,12 +103,24 @@ class TestPhases:
         sample = model.replay_buffer.sample
 
         def count_and_sample(*args: Any, **kwargs: Any) -> Any:
+            gc.collect()  # what other tests have left
             n_living.append(sum(issubclass(type(thing), th.Tensor) for thing in gc.get_objects()))
             return sample(*args, **kwargs)
 
         model.replay_buffer.sample = count_and_sample
         model.train(6, batch_size=8)
         assert n_living[5] == n_living[2]
+
+    def test_progress_of_long_updates(self, cls: Algorithm, dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """SB3's bar counts environment steps; how far the first update is, minutes at full size, it tells as well."""
+        monkeypatch.setattr("stable_baselines3.common.callbacks.tqdm", FakeBar)
+        monkeypatch.setattr(FakeBar, "bars", [])
+        model = make(cls, dataset=dataset, first_update_multiplier=30)
+        model.learn_offline(gradient_steps=1)
+        model.learn(6, progress_bar=True)
+        (bar,) = FakeBar.bars
+        # After 4 of 6 steps; the others are followed by one update each
+        assert bar.descriptions == [(4, "update 0 of 120"), (4, "update 50 of 120"), (4, "update 100 of 120"), (4, None)]
 
     def test_targets_start_as_copies(self, cls: Algorithm) -> None:
         policy = make(cls).policy

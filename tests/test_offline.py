@@ -444,7 +444,11 @@ class FakeBar:
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.closed = total, 0, False
+        self.descriptions: list[tuple[int, str | None]] = []
         self.bars.append(self)
+
+    def set_description(self, desc: str | None) -> None:
+        self.descriptions.append((self.done, desc))
 
     def update(self, n: int) -> None:
         self.done += n

@@ -218,8 +218,9 @@ class Evaluation(BaseCallback):
 
 def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
     """Success rates and, where balanced replay chooses, shares of random data: mean and deviation of the seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     for row, seeds in tables.items():
+        color = f"C{list(ROWS).index(row)}"
         n_evaluations = min(len(table) for table in seeds)
         steps = [entry["step"] for entry in seeds[0][:n_evaluations]]
         for axis, name in zip(axes, ("success", "random_share"), strict=True):
@@ -227,14 +228,15 @@ def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, fl
                 continue
             values = np.array([[entry[name] for entry in table[:n_evaluations]] for table in seeds])
             mean, std = values.mean(axis=0), values.std(axis=0)
-            (line,) = axis.plot(steps, mean, marker=".", label=ROWS[row][2])
-            axis.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, linewidth=0)
-    for axis, name in zip(axes, ("success rate", "share of random data in the updates"), strict=True):
-        axis.set(xlabel="environment steps", ylabel=name, ylim=(-0.02, 1.02))
-    axes[0].legend()
+            axis.plot(steps, mean, marker=".", color=color, label=ROWS[row][2])
+            axis.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    axes[0].set(xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
+    axes[1].set(xlabel="environment steps", ylabel="share of random data in the updates")
+    axes[1].set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(tables))
     n_seeds = max(len(seeds) for seeds in tables.values())
     figure.suptitle(f"{env_id(arguments.task, arguments.observation)}, {n_seeds} seed(s)")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

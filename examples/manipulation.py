@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ensemble-size", type=int, default=4)
     parser.add_argument("--offline-steps", type=int, help="updates of the offline phase (default: as set above)")
     parser.add_argument("--online-episodes", type=int, default=200, help="episodes of fine-tuning (the paper: 1000)")
-    parser.add_argument("--cql-alpha-online", type=float, default=1.0, help="0 for SAC's objective")
+    parser.add_argument("--cql-alpha-online", type=float, default=1.0, help="weight of CQL's term online; 0: SAC's objective")
     parser.add_argument("--eval-freq", type=int, default=1_000, help="environment steps between two evaluations")
     parser.add_argument("--eval-episodes", type=int, default=40)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))

@@ -190,7 +190,8 @@ def _unstack_relu_mlps(layers: Sequence[EnsembleLinear]) -> list[Callable[[th.Te
         weights.append(pad_columns(layer.weight).transpose(1, 2))
         biases.append(added)
     offsets = [-bias for bias in biases[:-1]] + biases[-1:]
-    networks = zip(*(zip(weight, offset, strict=True) for weight, offset in zip(weights, offsets, strict=True)), strict=True)
+    # The layers of each network: a weight, and what its product is cut off at or, in the last layer, is added to it
+    networks = zip(*map(zip, weights, offsets), strict=True)
 
     def run(layers: Sequence[tuple[th.Tensor, th.Tensor]], x: th.Tensor) -> th.Tensor:
         for weight, low in layers[:-1]:

@@ -7,6 +7,7 @@ names, which is what lets an agent trained with ``SAC`` become a member.
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial, reduce
+from operator import itemgetter
 from typing import Any
 
 import torch as th
@@ -86,7 +87,8 @@ class EnsembleSequential(nn.Sequential):
 
 class EnsembleModule(nn.Module):
     """
-    N copies of any module, e.g. a features extractor with convolutions, run side by side with ``torch.vmap``.
+    N copies of any module, e.g. a features extractor with convolutions, one after the other: the grouped convolutions that one
+    call for all would make take twice as long on a CPU.
 
     :param modules: the members' modules, alike but for their parameters
     """
@@ -109,12 +111,15 @@ class EnsembleModule(nn.Module):
         :param per_member: whether ``x`` has a member axis; without it, every member sees the same
         :return: shape ``(n_members, batch_size, ...)``
         """
+        networks = self.unstack()
+        xs = [tree_map(itemgetter(index), x) if per_member else x for index in range(len(networks))]
+        return th.stack([network(member_x) for network, member_x in zip(networks, xs, strict=True)])
+
+    def unstack(self) -> list[Callable[[PyTorchObs], th.Tensor]]:
+        """:return: each member's module as a function, with views on its parameters and buffers"""
         state = {**dict(self.template.named_parameters()), **dict(self.template.named_buffers())}
-
-        def run_member(member_state: dict[str, th.Tensor], member_x: PyTorchObs) -> th.Tensor:
-            return functional_call(self.template, member_state, (member_x,))
-
-        return th.vmap(run_member, in_dims=(0, 0 if per_member else None), randomness="different")(state, x)
+        members = zip(*(value.unbind() for value in state.values()), strict=True)
+        return [partial(functional_call, self.template, dict(zip(state, values, strict=True))) for values in members]
 
 
 def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
@@ -170,8 +175,7 @@ def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Ten
         norm = partial(nn.functional.layer_norm, normalized_shape=stacked.normalized_shape, eps=stacked.eps)
         return [partial(norm, weight=weight, bias=bias) for weight, bias in zip(stacked.weight, stacked.bias, strict=True)]
     if isinstance(stacked, EnsembleModule):
-        states = [{name: value[index] for name, value in stacked.template.state_dict().items()} for index in range(n_modules)]
-        return [partial(functional_call, stacked.template, state) for state in states]
+        return stacked.unstack()  # type: ignore[return-value]
     return [stacked] * n_modules
 
 

@@ -690,7 +690,7 @@ class TestDeployment:
         ids=["CnnPolicy", "MultiInputPolicy"],
     )
     def test_onnx(self, space: spaces.Space, tmp_path: Path) -> None:
-        """The recipe of the documentation, with the features extractors that run in ``torch.vmap``."""
+        """The recipe of the documentation, with features extractors that have parameters."""
         (block,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "export.md").read_text(), flags=re.DOTALL | re.MULTILINE)
         namespace: dict[str, Any] = {}
         exec(block.split("\nmodel = ")[0], namespace)

@@ -219,7 +219,7 @@ class Evaluation(BaseCallback):
 
 
 def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
-    """Success rates and, where balanced replay chooses, shares of random data: mean and deviation of the seeds."""
+    """Success rates and, where balanced replay chooses, shares of random data: every seed's line, and their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     for row, seeds in tables.items():
         color = f"C{list(ROWS).index(row)}"
@@ -229,9 +229,8 @@ def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, fl
             if name == "random_share" and ROWS[row][1] != "balanced":
                 continue
             values = np.array([[entry[name] for entry in table[:n_evaluations]] for table in seeds])
-            mean, std = values.mean(axis=0), values.std(axis=0)
-            axis.plot(steps, mean, marker=".", color=color, label=ROWS[row][2])
-            axis.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+            axis.plot(steps, values.T, color=color, alpha=0.35, linewidth=0.8)
+            axis.plot(steps, values.mean(axis=0), marker=".", color=color, label=ROWS[row][2])
     axes[0].set(xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
     axes[1].set(xlabel="environment steps", ylabel="share of random data in the updates")
     axes[1].set_ylim(bottom=0)

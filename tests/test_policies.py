@@ -240,6 +240,8 @@ class TestAgainstLoop:
 
         q_values = ensemble.critic.member_q_values(obs, actions if per_member else actions[0], per_member)
         assert q_values.shape == (N_MEMBERS, n_critics, BATCH_SIZE)
+        with th.no_grad():  # features extractors run another way then
+            assert_close(ensemble.critic.member_q_values(obs, actions if per_member else actions[0], per_member), q_values)
         gradient_step(ensemble.critic, (weights * q_values).mean(dim=2).sum())
         for index, member in enumerate(members):
             expected = member.critic(member_obs[index], actions[index])

@@ -88,8 +88,8 @@ class EnsembleSequential(nn.Sequential):
 class EnsembleModule(nn.Module):
     """
     N copies of any module, e.g. a features extractor with convolutions. They run side by side with ``torch.vmap``, but one
-    after the other where each has rows of its own and a gradient is taken: ``vmap`` makes grouped convolutions of these, and
-    the gradient takes twice as long on a CPU.
+    after the other where each has rows of its own and a gradient is taken: ``vmap`` makes grouped convolutions of these, whose
+    gradient is slow on a CPU.
 
     :param modules: the members' modules, alike but for their parameters
     """

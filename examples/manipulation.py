@@ -51,7 +51,8 @@ COMMON: dict[str, Any] = {
     "calql": True,
     "cql_alpha": 1.0,
     "cql_n_actions": 4,
-    "learning_rate": LinearSchedule(3e-4, 0.0, 1.0),
+    "learning_rate": LinearSchedule(5e-5, 0.0, 1.0),
+    "qf_learning_rate": LinearSchedule(3e-4, 0.0, 1.0),
     "learning_starts": 400,
     "train_freq": 40,
     "first_update_multiplier": 1,
@@ -73,8 +74,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "image": {
         **COMMON,
         "policy": "CnnPolicy",
-        "offline_gradient_steps": 14_000,
-        "offline_bc_steps": 11_000,
+        "offline_gradient_steps": 12_000,
+        "offline_bc_steps": 12_000,
         "offline_batch_size": 64,
         "batch_size": 64,
         "policy_kwargs": {"net_arch": [256, 256], "critic_layer_norm": True, "features_extractor_class": StridedCNN},
@@ -93,7 +94,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ensemble-size", type=int, default=4)
     parser.add_argument("--offline-steps", type=int, help="updates of the offline phase (default: as set above)")
     parser.add_argument("--online-episodes", type=int, default=200, help="episodes of fine-tuning (the paper: 1000)")
-    parser.add_argument("--cql-alpha-online", type=float, default=1.0, help="weight of CQL's term online; 0: SAC's objective")
     parser.add_argument("--eval-freq", type=int, default=1_000, help="environment steps between two evaluations")
     parser.add_argument("--eval-episodes", type=int, default=40)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
@@ -165,7 +165,7 @@ def fine_tune(
             arguments,
             arguments.ensemble_size if with_ensemble else 1,
             offline_gradient_steps=0,
-            cql_alpha_online=arguments.cql_alpha_online,
+            ent_coef=0.01,
             replay_buffer_kwargs={**SETTINGS[arguments.observation].get("replay_buffer_kwargs", {}), "scheme": scheme},
         ),
     )

@@ -44,7 +44,8 @@ FIELDS = ("step", "success", "return", "random_share")
 # Why they are as they are: docs/envs.md. Those for states are in hyperparams/off2on_sac.yml, too
 COMMON: dict[str, Any] = {
     "gamma": 0.95,
-    "ent_coef": "auto_0.05",
+    "ent_coef": 0.01,
+    "offline_ent_coef": "auto_0.05",
     "offline_learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
     "offline_qf_learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
     "tau": 0.02,
@@ -165,7 +166,6 @@ def fine_tune(
             arguments,
             arguments.ensemble_size if with_ensemble else 1,
             offline_gradient_steps=0,
-            ent_coef=0.01,
             replay_buffer_kwargs={**SETTINGS[arguments.observation].get("replay_buffer_kwargs", {}), "scheme": scheme},
         ),
     )

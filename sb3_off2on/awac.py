@@ -24,8 +24,8 @@ from sb3_off2on.policies import (
     EnsembleCritic,
     EnsembleMultiInputPolicy,
     moment_matching,
-    trainable_parameters,
 )
+from sb3_off2on.stacking import trainable_parameters
 
 # Bounds of the policy's log standard deviations, which start half-way (the published code)
 LOG_STD_MIN = -6.0

@@ -19,12 +19,10 @@ from sb3_off2on.policies import (
     EnsembleCnnPolicy,
     EnsembleCQLPolicy,
     EnsembleCritic,
-    EnsembleModule,
     EnsembleMultiInputPolicy,
     member_features,
-    stack_modules,
-    trainable_parameters,
 )
+from sb3_off2on.stacking import EnsembleModule, stack_modules, trainable_parameters
 from sb3_off2on.vae import ConditionalVAE
 
 

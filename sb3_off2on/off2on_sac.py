@@ -31,8 +31,8 @@ from sb3_off2on.policies import (
     EnsembleCritic,
     EnsembleMultiInputPolicy,
     check_layers,
-    trainable_parameters,
 )
+from sb3_off2on.stacking import trainable_parameters
 
 SelfOff2OnSAC = TypeVar("SelfOff2OnSAC", bound="Off2OnSAC")
 

@@ -1,0 +1,220 @@
+"""
+N modules of one shape as one: every parameter gets a leading member axis, so that one batched product serves all members.
+Names stay, so that a member's state dict is that of the module it came from.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial, reduce
+from operator import itemgetter
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.func import functional_call, stack_module_state
+from torch.utils._pytree import tree_map
+
+
+class EnsembleLayer(nn.Module):
+    """
+    Weights and biases of N layers, with a leading member axis.
+
+    :param layers: the members' layers, all of one shape
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for name in ("weight", "bias"):  # a layer that was frozen stays so
+            members = [getattr(layer, name) for layer in layers]
+            setattr(self, name, nn.Parameter(th.stack(members).detach(), requires_grad=members[0].requires_grad))
+
+
+class EnsembleLinear(EnsembleLayer):
+    """N linear layers as one batched product."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: shape ``(n_members, batch_size, in_features)``
+        :return: shape ``(n_members, batch_size, out_features)``
+        """
+        # In place, where baddbmm() would copy the bias to every row first
+        return th.bmm(x, self.weight.transpose(1, 2)).add_(self.bias.unsqueeze(1))
+
+
+class EnsembleLayerNorm(EnsembleLayer):
+    """
+    N layer norms.
+
+    :param layers: the members' norms, all of one shape
+    """
+
+    def __init__(self, layers: Sequence[nn.LayerNorm]) -> None:
+        super().__init__(layers)
+        self.normalized_shape, self.eps = layers[0].normalized_shape, layers[0].eps
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: shape ``(n_members, batch_size, features)``
+        :return: same shape
+        """
+        normalized = nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return th.addcmul(self.bias.unsqueeze(1), normalized, self.weight.unsqueeze(1))
+
+
+class EnsembleSequential(nn.Sequential):
+    """``nn.Sequential`` with a frame of its own, as ``th.compile`` does not look into those of PyTorch's containers."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class EnsembleModule(nn.Module):
+    """
+    N copies of any module, e.g. a features extractor with convolutions. They run side by side with ``torch.vmap``, but one
+    after the other where each has rows of its own and a gradient is taken: ``vmap`` makes grouped convolutions of these, whose
+    gradient is slow on a CPU.
+
+    :param modules: the members' modules, alike but for their parameters
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.template = deepcopy(modules[0])
+        parameters, buffers = stack_module_state(list(modules))
+        for name, value in parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+            setattr(self.template.get_submodule(owner), leaf, parameter)
+        for name, value in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.template.get_submodule(owner), leaf, value.detach())
+
+    def forward(self, x: PyTorchObs, per_member: bool = True) -> th.Tensor:
+        """
+        :param x: tensors of shape ``(n_members, batch_size, ...)``, or ``(batch_size, ...)`` if not ``per_member``
+        :param per_member: whether ``x`` has a member axis; without it, every member sees the same
+        :return: shape ``(n_members, batch_size, ...)``
+        """
+        if per_member and th.is_grad_enabled():
+            return th.stack([network(tree_map(itemgetter(index), x)) for index, network in enumerate(self.unstack())])
+
+        def run_member(state: dict[str, th.Tensor], member_x: PyTorchObs) -> th.Tensor:
+            return functional_call(self.template, state, (member_x,))
+
+        return th.vmap(run_member, in_dims=(0, 0 if per_member else None), randomness="different")(self.stacked_state(), x)
+
+    def stacked_state(self) -> dict[str, th.Tensor]:
+        """:return: parameters and buffers of all members by name, with a leading member axis"""
+        return {**dict(self.template.named_parameters()), **dict(self.template.named_buffers())}
+
+    def unstack(self) -> list[Callable[[PyTorchObs], th.Tensor]]:
+        """:return: each member's module as a function, with views on its parameters and buffers"""
+        state = self.stacked_state()
+        members = zip(*(value.unbind() for value in state.values()), strict=True)
+        return [partial(functional_call, self.template, dict(zip(state, values, strict=True))) for values in members]
+
+
+def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
+    """
+    One module for N alike: parameters get a leading member axis, names stay. Modules without parameters, as most activation
+    functions, must treat their elements alike, or count their dimensions from the last.
+
+    :param modules: the members' modules
+    :return: a module from and to tensors with a leading member axis; the first one itself if there is nothing to stack
+    """
+    first = modules[0]
+    if isinstance(first, nn.Sequential):
+        return EnsembleSequential(*(stack_modules(layers) for layers in zip(*modules, strict=True)))
+    if isinstance(first, nn.Linear) and first.bias is not None:
+        return EnsembleLinear(modules)
+    if isinstance(first, nn.LayerNorm) and first.bias is not None:
+        return EnsembleLayerNorm(modules)  # type: ignore[arg-type]
+    if type(first) is nn.ReLU:
+        # Its input is the output of a linear layer or a norm, which nobody else reads: no second tensor of that size
+        return nn.ReLU(inplace=True)
+    if not first.state_dict():
+        return first
+    return EnsembleModule(modules)
+
+
+def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Tensor], th.Tensor]]:
+    """
+    The networks that ``stack_modules`` made one module of, one by one. For a CPU and without gradient.
+
+    :param stacked: what ``stack_modules`` returned
+    :param n_modules: of how many
+    :return: functions from shape ``(batch_size, in_features)`` to ``(batch_size, out_features)``
+    """
+    if isinstance(stacked, nn.Sequential):
+        layers = list(stacked)
+        linear = [layer for layer in layers[::2] if isinstance(layer, EnsembleLinear)]
+        if 2 * len(linear) == len(layers) + 1 and all(type(layer) is nn.ReLU for layer in layers[1::2]):
+            return _unstack_relu_mlps(linear)
+        networks = zip(*(unstack_modules(layer, n_modules) for layer in stacked), strict=True)
+        return [partial(reduce, lambda x, layer: layer(x), layers) for layers in networks]
+    if isinstance(stacked, EnsembleLinear):
+        weights = pad_columns(stacked.weight).transpose(1, 2)
+        return [partial(_linear, weight, bias) for weight, bias in zip(weights, stacked.bias, strict=True)]
+    if isinstance(stacked, EnsembleLayerNorm):
+        norm = partial(nn.functional.layer_norm, normalized_shape=stacked.normalized_shape, eps=stacked.eps)
+        return [partial(norm, weight=weight, bias=bias) for weight, bias in zip(stacked.weight, stacked.bias, strict=True)]
+    if isinstance(stacked, EnsembleModule):
+        return list(stacked.unstack())
+    return [stacked] * n_modules
+
+
+def _unstack_relu_mlps(layers: Sequence[EnsembleLinear]) -> list[Callable[[th.Tensor], th.Tensor]]:
+    """
+    As ``relu(x + b) = max(x, -b) + b``, one pass over a layer's rows does for two: what is added goes into the next layer's
+    bias.
+
+    :param layers: the linear layers, with a ReLU between any two
+    :return: see ``unstack_modules``
+    """
+    weights, biases = [], []
+    added = layers[0].weight.new_zeros(layers[0].weight.shape[0], layers[0].weight.shape[2])
+    for layer in layers:
+        added = th.baddbmm(layer.bias.unsqueeze(2), layer.weight, added.unsqueeze(2)).squeeze(2)
+        weights.append(pad_columns(layer.weight).transpose(1, 2))
+        biases.append(added)
+    offsets = [-bias for bias in biases[:-1]] + biases[-1:]
+    # The layers of each network: a weight, and what its product is cut off at or, in the last layer, is added to it
+    networks = zip(*map(zip, weights, offsets), strict=True)
+
+    def run(layers: Sequence[tuple[th.Tensor, th.Tensor]], x: th.Tensor) -> th.Tensor:
+        for weight, low in layers[:-1]:
+            x = pad_columns(x) @ weight
+            # In place, as the product is still in the cache
+            x = th.maximum(x, low, out=x)
+        return _linear(*layers[-1], x)
+
+    return [partial(run, layers) for layers in networks]
+
+
+def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:
+    # The sum is in place, as the product is still in the cache
+    return (pad_columns(x) @ weight).add_(bias)
+
+
+def pad_columns(x: th.Tensor) -> th.Tensor:
+    """
+    Matrix products of float32 take up to twice as long on a CPU where rows are no multiple of 32 bytes.
+
+    :param x: shape ``(..., n)``
+    :return: with zeros appended, up to the next multiple of 8 columns
+    """
+    missing = -x.shape[-1] % 8
+    return nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """
+    :param module: a network
+    :return: its parameters without the frozen ones, which ``backward(inputs=...)`` does not take
+    """
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

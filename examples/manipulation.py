@@ -53,7 +53,7 @@ COMMON: dict[str, Any] = {
     "cql_alpha": 1.0,
     "cql_n_actions": 4,
     "learning_rate": LinearSchedule(5e-5, 0.0, 1.0),
-    "qf_learning_rate": LinearSchedule(3e-4, 0.0, 1.0),
+    "qf_learning_rate": LinearSchedule(1e-4, 0.0, 1.0),
     "learning_starts": 400,
     "train_freq": 40,
     "first_update_multiplier": 1,

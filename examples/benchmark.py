@@ -11,6 +11,7 @@ wall time. The data is synthetic, of HalfCheetah's sizes.
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import time
@@ -42,7 +43,7 @@ from stable_baselines3.common.logger import Logger
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sb3_off2on import BalancedReplayBuffer, Off2OnSAC, OfflineDataset, __version__, load_dataset
+from sb3_off2on import BalancedReplayBuffer, Off2OnSAC, OfflineDataset, __version__, load_dataset, onednn
 from sb3_off2on.buffers import SumTree
 
 OBS_DIM, ACTION_DIM, EPISODE_LENGTH = 17, 6, 1000  # HalfCheetah's
@@ -232,14 +233,18 @@ def critics_part(agent: Any) -> Callable[[], None]:
 def arithmetic(options: argparse.Namespace) -> list[Row]:
     """The critics' part of the offline update, beside the rate at which this machine multiplies matrices."""
     tasks: Tasks = {"critics": critics_part(make_agent(dataset=synthetic_dataset()))}
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch does not count what oneDNN multiplies
+    with FlopCounterMode(display=False) as counter, patch.object(onednn, "MIN_MULTIPLICATIONS", math.inf):
         tasks["critics"]()
     flops = {"critics": counter.get_total_flops()}
     for m, k, n in PRODUCTS:
-        # As many products as it takes for about the critics' arithmetic
-        name, times = f"sgemm {m} x {k} x {n}", max(flops["critics"] // (2 * m * k * n), 1)
-        tasks[name] = partial(repeat, times, partial(th.mm, th.randn(m, k), th.randn(k, n)))
-        flops[name] = times * 2 * m * k * n
+        x, weight, bias = th.randn(m, k), th.randn(n, k), th.zeros(n)
+        products = {"linear": partial(onednn.linear, x, weight, bias), "sgemm": partial(th.mm, x, weight.T)}
+        for how, product in products.items():
+            # As many products as it takes for about the critics' arithmetic
+            name, times = f"{how} {m} x {k} x {n}", max(flops["critics"] // (2 * m * k * n), 1)
+            tasks[name] = partial(repeat, times, product)
+            flops[name] = times * 2 * m * k * n
     rates = {name: flops[name] / x / 1e9 for name, x in take_turns("arithmetic", options.rounds, tasks).items()}
     best = max(list(rates)[1:], key=lambda name: float(np.median(rates[name])))
     note = f"{flops['critics'] / 1e9:.3g} GFLOP an update"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.stacking import EnsembleModule, pad_columns, stack_modules, unstack_modules
+from sb3_off2on.stacking import EnsembleModule, stack_modules, unstack_modules
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
 MAX_ROWS_AT_ONCE = 1024
@@ -242,7 +242,7 @@ class EnsembleCritic(BaseModel):
             return self.q_values(features.flatten(1, 2), actions.flatten(1, 2).unsqueeze(1)).view(shape)
         q_networks = unstack_modules(self.qf, self.ensemble_size * self.n_critics)
         q_values = []
-        for index, q_input in enumerate(pad_columns(th.cat([features, actions], dim=-1)).flatten(1, 2)):
+        for index, q_input in enumerate(th.cat([features, actions], dim=-1).flatten(1, 2)):
             for q_network in q_networks[index * self.n_critics : (index + 1) * self.n_critics]:
                 q_values += [q_network(rows) for rows in q_input.split(MAX_ROWS_AT_ONCE)]
         return th.cat(q_values).view(shape)

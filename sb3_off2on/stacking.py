@@ -14,6 +14,12 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
+from sb3_off2on.onednn import linear, takes_onednn
+
+# Multiplications of a layer, for each thread, from which N networks one by one take less time than a batched product, in which
+# every thread has networks of its own
+MIN_MULTIPLICATIONS = 2**23
+
 
 class EnsembleLayer(nn.Module):
     """
@@ -65,9 +71,18 @@ class EnsembleLayerNorm(EnsembleLayer):
 
 
 class EnsembleSequential(nn.Sequential):
-    """``nn.Sequential`` with a frame of its own, as ``th.compile`` does not look into those of PyTorch's containers."""
+    """N sequences of layers: network by network where ``linear`` is faster than a batched product, else layer by layer."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: shape ``(n_members, batch_size, in_features)``
+        :return: shape ``(n_members, batch_size, out_features)``
+        """
+        weights = [layer.weight[0] for layer in self if isinstance(layer, EnsembleLinear)]
+        largest = max(weights, key=th.numel, default=x.new_empty(0))
+        is_large = x.shape[1] * largest.numel() >= MIN_MULTIPLICATIONS * th.get_num_threads()
+        if is_large and takes_onednn(x[0], largest):
+            return th.stack([network(rows) for network, rows in zip(unstack_modules(self, len(x)), x, strict=True)])
         for layer in self:
             x = layer(x)
         return x
@@ -144,72 +159,25 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
 
 def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Tensor], th.Tensor]]:
     """
-    The networks that ``stack_modules`` made one module of, one by one. For a CPU and without gradient.
+    The networks that ``stack_modules`` made one module of, one by one.
 
     :param stacked: what ``stack_modules`` returned
     :param n_modules: of how many
     :return: functions from shape ``(batch_size, in_features)`` to ``(batch_size, out_features)``
     """
     if isinstance(stacked, nn.Sequential):
-        layers = list(stacked)
-        linear = [layer for layer in layers[::2] if isinstance(layer, EnsembleLinear)]
-        if 2 * len(linear) == len(layers) + 1 and all(type(layer) is nn.ReLU for layer in layers[1::2]):
-            return _unstack_relu_mlps(linear)
         networks = zip(*(unstack_modules(layer, n_modules) for layer in stacked), strict=True)
         return [partial(reduce, lambda x, layer: layer(x), layers) for layers in networks]
     if isinstance(stacked, EnsembleLinear):
-        weights = pad_columns(stacked.weight).transpose(1, 2)
-        return [partial(_linear, weight, bias) for weight, bias in zip(weights, stacked.bias, strict=True)]
+        parameters = zip(stacked.weight.unbind(), stacked.bias.unbind(), strict=True)
+        return [partial(linear, weight=weight, bias=bias) for weight, bias in parameters]
     if isinstance(stacked, EnsembleLayerNorm):
+        parameters = zip(stacked.weight.unbind(), stacked.bias.unbind(), strict=True)
         norm = partial(nn.functional.layer_norm, normalized_shape=stacked.normalized_shape, eps=stacked.eps)
-        return [partial(norm, weight=weight, bias=bias) for weight, bias in zip(stacked.weight, stacked.bias, strict=True)]
+        return [partial(norm, weight=weight, bias=bias) for weight, bias in parameters]
     if isinstance(stacked, EnsembleModule):
         return list(stacked.unstack())
     return [stacked] * n_modules
-
-
-def _unstack_relu_mlps(layers: Sequence[EnsembleLinear]) -> list[Callable[[th.Tensor], th.Tensor]]:
-    """
-    As ``relu(x + b) = max(x, -b) + b``, one pass over a layer's rows does for two: what is added goes into the next layer's
-    bias.
-
-    :param layers: the linear layers, with a ReLU between any two
-    :return: see ``unstack_modules``
-    """
-    weights, biases = [], []
-    added = layers[0].weight.new_zeros(layers[0].weight.shape[0], layers[0].weight.shape[2])
-    for layer in layers:
-        added = th.baddbmm(layer.bias.unsqueeze(2), layer.weight, added.unsqueeze(2)).squeeze(2)
-        weights.append(pad_columns(layer.weight).transpose(1, 2))
-        biases.append(added)
-    offsets = [-bias for bias in biases[:-1]] + biases[-1:]
-    # The layers of each network: a weight, and what its product is cut off at or, in the last layer, is added to it
-    networks = zip(*map(zip, weights, offsets), strict=True)
-
-    def run(layers: Sequence[tuple[th.Tensor, th.Tensor]], x: th.Tensor) -> th.Tensor:
-        for weight, low in layers[:-1]:
-            x = pad_columns(x) @ weight
-            # In place, as the product is still in the cache
-            x = th.maximum(x, low, out=x)
-        return _linear(*layers[-1], x)
-
-    return [partial(run, layers) for layers in networks]
-
-
-def _linear(weight: th.Tensor, bias: th.Tensor, x: th.Tensor) -> th.Tensor:
-    # The sum is in place, as the product is still in the cache
-    return (pad_columns(x) @ weight).add_(bias)
-
-
-def pad_columns(x: th.Tensor) -> th.Tensor:
-    """
-    Matrix products of float32 take up to twice as long on a CPU where rows are no multiple of 32 bytes.
-
-    :param x: shape ``(..., n)``
-    :return: with zeros appended, up to the next multiple of 8 columns
-    """
-    missing = -x.shape[-1] % 8
-    return nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:

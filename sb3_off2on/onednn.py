@@ -1,0 +1,71 @@
+"""
+Linear layers on a processor. PyTorch multiplies float32 matrices with MKL, which takes less than half of what an AMD processor
+can do. oneDNN, which PyTorch's builds for x86 bring for convolutions and for compiled code, takes nearly all of it.
+"""
+
+import platform
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# What PyTorch's compiler calls for a linear layer. There is no public name for it
+_ONEDNN_LINEAR = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Multiplications, of which smaller products have too few to make up for the call
+MIN_MULTIPLICATIONS = 2**22
+
+
+def takes_onednn(x: th.Tensor, weight: th.Tensor) -> bool:
+    """
+    :param x: shape ``(batch_size, in_features)``
+    :param weight: shape ``(out_features, in_features)``
+    :return: whether ``linear`` leaves their product to oneDNN
+    """
+    return (
+        _IS_X86
+        and _ONEDNN_LINEAR is not None
+        and x.device.type == "cpu"
+        and x.dtype == th.float32
+        and x.shape[0] * weight.numel() >= MIN_MULTIPLICATIONS
+        and not th.compiler.is_compiling()
+    )
+
+
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """
+    ``nn.functional.linear`` for a batch of rows, by whichever library is faster.
+
+    :param x: shape ``(batch_size, in_features)``
+    :param weight: shape ``(out_features, in_features)``
+    :param bias: shape ``(out_features,)``
+    :return: shape ``(batch_size, out_features)``
+    """
+    if takes_onednn(x, weight):
+        return _OneDNNLinear.apply(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
+
+
+def _product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    """:return: ``x @ y.T + bias``; any strides will do"""
+    assert _ONEDNN_LINEAR is not None
+    return _ONEDNN_LINEAR(x, y, bias, "none", [], "")
+
+
+class _OneDNNLinear(th.autograd.Function):
+    """The layer with its gradient, each of whose two products is one of oneDNN again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        grad_weight = _product(grad.T, x.T) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias

@@ -1,0 +1,153 @@
+"""Linear layers by oneDNN beside PyTorch's own, and networks one by one beside the batched product."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_off2on import onednn, stacking
+from sb3_off2on.onednn import linear, takes_onednn
+from sb3_off2on.stacking import stack_modules, unstack_modules
+
+
+def assert_close(got: th.Tensor, expected: th.Tensor) -> None:
+    np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-5, atol=2e-5)
+
+
+needs_onednn = pytest.mark.skipif(
+    not takes_onednn(th.zeros(256, 256), th.zeros(256, 256)), reason="PyTorch's oneDNN for x86 is not on this machine"
+)
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products go the way of large ones."""
+    monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS", 0)
+
+
+class TestLinear:
+    @needs_onednn
+    @pytest.mark.usefixtures("any_size")
+    @pytest.mark.parametrize(
+        ("batch_size", "in_features", "out_features"), [(256, 23, 64), (7, 5, 3), (1, 8, 1), (300, 64, 6)]
+    )
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_is_pytorchs(self, batch_size: int, in_features: int, out_features: int, transposed: bool) -> None:
+        """Values and the three gradients, whatever the strides."""
+        shapes = ((batch_size, in_features), (out_features, in_features), (out_features,))
+        if transposed:
+            values = [th.randn(shape[::-1]).T if len(shape) == 2 else th.randn(shape) for shape in shapes]
+        else:
+            values = [th.randn(shape) for shape in shapes]
+        inputs = [value.requires_grad_() for value in values]
+        assert takes_onednn(*inputs[:2])
+        output, expected = linear(*inputs), nn.functional.linear(*inputs)
+        assert output.grad_fn is not None
+        assert "OneDNN" in output.grad_fn.name()
+        assert_close(output, expected)
+        weights = th.randn_like(expected)
+        for grad, expected_grad in zip(
+            th.autograd.grad((output * weights).sum(), inputs),
+            th.autograd.grad((expected * weights).sum(), inputs),
+            strict=True,
+        ):
+            assert_close(grad, expected_grad)
+        with th.no_grad():
+            assert_close(linear(*inputs), expected)
+
+    @needs_onednn
+    @pytest.mark.usefixtures("any_size")
+    @pytest.mark.parametrize("wanted", [0, 1, 2])
+    def test_only_the_gradients_that_are_wanted(self, wanted: int) -> None:
+        inputs = [th.randn(16, 8), th.randn(4, 8), th.randn(4)]
+        inputs[wanted].requires_grad_()
+        (grad,) = th.autograd.grad(linear(*inputs).square().sum(), inputs[wanted])
+        (expected,) = th.autograd.grad(nn.functional.linear(*inputs).square().sum(), inputs[wanted])
+        assert_close(grad, expected)
+
+    @pytest.mark.usefixtures("any_size")
+    def test_what_onednn_does_not_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, weight, bias = th.randn(16, 8), th.randn(4, 8), th.randn(4)
+        assert not takes_onednn(x.double(), weight.double())
+        assert not takes_onednn(x.to("meta"), weight.to("meta"))
+        assert linear(x.double(), weight.double(), bias.double()).dtype == th.float64
+        monkeypatch.setattr(onednn, "_IS_X86", False)
+        assert not takes_onednn(x, weight)
+        monkeypatch.setattr(onednn, "_IS_X86", True)
+        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", None)
+        assert not takes_onednn(x, weight)
+        assert th.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+
+    def test_small_products_are_left_to_pytorch(self) -> None:
+        rows = onednn.MIN_MULTIPLICATIONS // (8 * 4)
+        assert not takes_onednn(th.zeros(rows - 1, 8), th.zeros(4, 8))
+
+
+NETWORKS: dict[str, Any] = {
+    "relu": lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)),
+    "layer-norm": lambda: nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 1)),
+    "tanh": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh()),
+    "prelu": lambda: nn.Sequential(nn.Linear(5, 16), nn.PReLU(), nn.Linear(16, 2)),
+}
+
+
+class TestOneByOne:
+    """The batched product has no oneDNN in it."""
+
+    @needs_onednn
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_is_the_batched_product(self, monkeypatch: pytest.MonkeyPatch, network: str) -> None:
+        stacked = stack_modules([NETWORKS[network]() for _ in range(3)])
+        x = th.randn(3, 12, 5, requires_grad=True)
+        inputs = [x, *stacked.parameters()]
+
+        def run() -> tuple[th.Tensor, ...]:
+            output = stacked(x)
+            return output, *th.autograd.grad(output.square().sum(), inputs)
+
+        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS", math.inf)
+        expected = run()
+        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS", 0)
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+        calls = []
+
+        def recording_unstack(module: nn.Module, n_modules: int) -> Any:
+            calls.append(n_modules)
+            return unstack_modules(module, n_modules)
+
+        monkeypatch.setattr(stacking, "unstack_modules", recording_unstack)
+        for value, expected_value in zip(run(), expected, strict=True):
+            assert_close(value, expected_value)
+        assert 3 in calls
+
+    @pytest.mark.parametrize("n_threads", [1, 2])
+    def test_only_where_layers_are_large(self, monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
+        calls: list[int] = []
+        monkeypatch.setattr(stacking, "takes_onednn", lambda *_: calls.append(1))
+        monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
+        stacked = stack_modules([nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)) for _ in range(2)])
+        enough = n_threads * stacking.MIN_MULTIPLICATIONS // (8 * 64)
+        with th.no_grad():
+            stacked(th.zeros(2, enough - 1, 8))
+            assert not calls
+            stacked(th.zeros(2, enough, 8))
+            assert calls
+
+    def test_a_network_without_linear_layers(self) -> None:
+        assert stack_modules([nn.Sequential(nn.Flatten())] * 2)(th.ones(2, 3, 4)).shape[0] == 2
+
+    @needs_onednn
+    def test_compiled_code_has_the_batched_product(self) -> None:
+        """PyTorch's compiler chooses for itself."""
+        seen: list[bool] = []
+
+        def look(x: th.Tensor) -> th.Tensor:
+            seen.append(takes_onednn(x, x))
+            return x + 1
+
+        th.compile(look, backend="eager")(th.zeros(2048, 2048))
+        assert seen == [False]

@@ -17,18 +17,18 @@ _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 MIN_MULTIPLICATIONS = 2**22
 
 
-def takes_onednn(x: th.Tensor, weight: th.Tensor) -> bool:
+def takes_onednn(x: th.Tensor, multiplications: int) -> bool:
     """
-    :param x: shape ``(batch_size, in_features)``
-    :param weight: shape ``(out_features, in_features)``
-    :return: whether ``linear`` leaves their product to oneDNN
+    :param x: the layer's input
+    :param multiplications: rows times weights
+    :return: whether ``linear`` leaves the product to oneDNN
     """
     return (
-        _IS_X86
+        multiplications >= MIN_MULTIPLICATIONS
+        and _IS_X86
         and _ONEDNN_LINEAR is not None
         and x.device.type == "cpu"
         and x.dtype == th.float32
-        and x.shape[0] * weight.numel() >= MIN_MULTIPLICATIONS
         and not th.compiler.is_compiling()
     )
 
@@ -42,7 +42,7 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     :param bias: shape ``(out_features,)``
     :return: shape ``(batch_size, out_features)``
     """
-    if takes_onednn(x, weight):
+    if takes_onednn(x, x.shape[0] * weight.numel()):
         return _OneDNNLinear.apply(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
 

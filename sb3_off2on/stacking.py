@@ -73,15 +73,18 @@ class EnsembleLayerNorm(EnsembleLayer):
 class EnsembleSequential(nn.Sequential):
     """N sequences of layers: network by network where ``linear`` is faster than a batched product, else layer by layer."""
 
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        sizes = [layer.weight[0].numel() for layer in layers if isinstance(layer, EnsembleLinear)]
+        self.largest_layer = max(sizes, default=0)
+
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        weights = [layer.weight[0] for layer in self if isinstance(layer, EnsembleLinear)]
-        largest = max(weights, key=th.numel, default=x.new_empty(0))
-        is_large = x.shape[1] * largest.numel() >= MIN_MULTIPLICATIONS * th.get_num_threads()
-        if is_large and takes_onednn(x[0], largest):
+        multiplications = x.shape[1] * self.largest_layer
+        if multiplications >= MIN_MULTIPLICATIONS * th.get_num_threads() and takes_onednn(x, multiplications):
             return th.stack([network(rows) for network, rows in zip(unstack_modules(self, len(x)), x, strict=True)])
         for layer in self:
             x = layer(x)

@@ -40,19 +40,21 @@ ROWS = {
     "sac-balanced": (False, "balanced", "one agent, balanced replay"),
     "sac-online": (False, "online", "one agent, online only"),
 }
-FIELDS = ("step", "success", "return", "random_share")
+FIELDS = ("step", "success", "success_sampling", "return", "random_share")
+N_EVAL_ENVS = 10
 # Why they are as they are: docs/envs.md. Those for states are in hyperparams/off2on_sac.yml, too
 COMMON: dict[str, Any] = {
     "gamma": 0.95,
-    "ent_coef": "auto_0.05",
+    "tau": 0.02,
+    "offline_ent_coef": "auto_0.05",
     "offline_learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
     "offline_qf_learning_rate": LinearSchedule(1e-3, 0.0, 1.0),
-    "tau": 0.02,
     "calql": True,
     "cql_alpha": 1.0,
     "cql_n_actions": 4,
-    "cql_alpha_online": 1.0,
-    "learning_rate": LinearSchedule(3e-4, 0.0, 1.0),
+    "ent_coef": 0.01,
+    "learning_rate": 5e-5,
+    "qf_learning_rate": 3e-4,
     "learning_starts": 400,
     "train_freq": 40,
     "first_update_multiplier": 1,
@@ -74,8 +76,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "image": {
         **COMMON,
         "policy": "CnnPolicy",
-        "offline_gradient_steps": 12_000,
-        "offline_bc_steps": 12_000,
+        "offline_gradient_steps": 16_000,
+        "offline_bc_steps": 16_000,
         "offline_batch_size": 64,
         "batch_size": 64,
         "policy_kwargs": {"net_arch": [256, 256], "critic_layer_norm": True, "features_extractor_class": StridedCNN},
@@ -119,12 +121,12 @@ def get_dataset(arguments: argparse.Namespace) -> tuple[OfflineDataset, np.ndarr
     return load_dataset(dataset_id), random_rows(dataset_id)
 
 
-def make_env(arguments: argparse.Namespace, statistics: Path | None = None) -> VecEnv:
+def make_env(arguments: argparse.Namespace, statistics: Path | None = None, n_envs: int = 1) -> VecEnv:
     """
     The task. States, whose parts differ in scale by a factor of 30, are normalized: by the dataset's statistics, which stay as
     the offline phase had them.
     """
-    env = DummyVecEnv([lambda: Monitor(gym.make(env_id(arguments.task, arguments.observation)))])
+    env = DummyVecEnv([lambda: Monitor(gym.make(env_id(arguments.task, arguments.observation)))] * n_envs)
     if arguments.observation != "state":
         return env
     if statistics is None:
@@ -173,7 +175,8 @@ def fine_tune(
         model.set_member(index, offline.get_member(index))
 
     share = OfflineShareCallback(is_random, "random")
-    evaluation = Evaluation(share, make_env(arguments, statistics), arguments.eval_freq, arguments.eval_episodes, seed)
+    eval_env = make_env(arguments, statistics, N_EVAL_ENVS)
+    evaluation = Evaluation(share, eval_env, arguments.eval_freq, arguments.eval_episodes, seed)
     max_steps = TASKS[arguments.task][3]
     model.learn(arguments.online_episodes * max_steps, callback=[share, evaluation])
     return evaluation.table
@@ -181,12 +184,13 @@ def fine_tune(
 
 class Evaluation(BaseCallback):
     """
-    Play some episodes before training and every ``eval_freq`` steps, from the same starts each time.
+    Play some episodes before training and every ``eval_freq`` steps, from the same starts each time: with the mean action, and
+    with sampled ones.
 
     :param share: tells the share of random data
     :param env: to play in
     :param eval_freq: environment steps between two evaluations
-    :param n_episodes: of each evaluation
+    :param n_episodes: of each evaluation, in both ways
     :param seed: of the starts
     """
 
@@ -204,6 +208,14 @@ class Evaluation(BaseCallback):
         return True
 
     def _evaluate(self, step: int) -> None:
+        success, mean_return = self._play(deterministic=True)
+        success_sampling, _ = self._play(deterministic=False)
+        figures = (step, success, success_sampling, mean_return, self.share.share())
+        self.table.append(dict(zip(FIELDS, figures, strict=True)))
+        print("  " + "  ".join(f"{name} {value:.2f}" for name, value in self.table[-1].items()), flush=True)
+
+    def _play(self, deterministic: bool) -> tuple[float, float]:
+        """:return: success rate and mean return"""
         successes: list[bool] = []
 
         def look(local_variables: dict[str, Any], _: dict[str, Any]) -> None:
@@ -211,28 +223,29 @@ class Evaluation(BaseCallback):
                 successes.append(local_variables["info"]["is_success"])
 
         self.env.seed(self.seed + 1000)
-        returns, _ = evaluate_policy(self.model, self.env, self.n_episodes, callback=look, return_episode_rewards=True)
-        figures = (step, float(np.mean(successes)), float(np.mean(returns)), self.share.share())
-        self.table.append(dict(zip(FIELDS, figures, strict=True)))
-        print("  " + "  ".join(f"{name} {value:.2f}" for name, value in self.table[-1].items()), flush=True)
+        mean_return, _ = evaluate_policy(self.model, self.env, self.n_episodes, deterministic=deterministic, callback=look)
+        return float(np.mean(successes)), float(mean_return)  # type: ignore[arg-type]
 
 
 def plot(arguments: argparse.Namespace, tables: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
     """Success rates and, where balanced replay chooses, shares of random data: every seed's line, and their mean."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
     for row, seeds in tables.items():
         color = f"C{list(ROWS).index(row)}"
         n_evaluations = min(len(table) for table in seeds)
         steps = [entry["step"] for entry in seeds[0][:n_evaluations]]
-        for axis, name in zip(axes, ("success", "random_share"), strict=True):
+        for axis, name in zip(axes, ("success", "success_sampling", "random_share"), strict=True):
             if name == "random_share" and ROWS[row][1] != "balanced":
                 continue
             values = np.array([[entry[name] for entry in table[:n_evaluations]] for table in seeds])
             axis.plot(steps, values.T, color=color, alpha=0.35, linewidth=0.8)
             axis.plot(steps, values.mean(axis=0), marker=".", color=color, label=ROWS[row][2])
-    axes[0].set(xlabel="environment steps", ylabel="success rate", ylim=(-0.02, 1.02))
-    axes[1].set(xlabel="environment steps", ylabel="share of random data in the updates")
-    axes[1].set_ylim(bottom=0)
+    axes[0].set(ylabel="success rate", ylim=(-0.02, 1.02))
+    axes[1].set(ylabel="success rate with sampled actions", ylim=(-0.02, 1.02))
+    axes[2].set(ylabel="share of random data in the updates")
+    axes[2].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set_xlabel("environment steps")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(tables))
     n_seeds = max(len(seeds) for seeds in tables.values())
     figure.suptitle(f"{env_id(arguments.task, arguments.observation)}, {n_seeds} seed(s)")
@@ -286,11 +299,12 @@ def main() -> None:
 
     tables = {row: [read(path) for path in sorted(folder.glob(f"{row}_*.csv"))] for row in ROWS}
     tables = {row: seeds for row, seeds in tables.items() if seeds}
-    print(f"\n{'success rate':<36}{'seeds':>6}{'offline':>10}{'worst':>10}{'final':>10}")
-    for row, seeds in tables.items():
-        success = [[entry["success"] for entry in table] for table in seeds]
-        figures = np.array([(s[0], min(s), np.mean(s[-3:])) for s in success]).mean(axis=0)
-        print(f"{ROWS[row][2]:<36}{len(seeds):6}" + "".join(f"{figure:10.2f}" for figure in figures))
+    for field in ("success", "success_sampling"):
+        print(f"\n{field:<36}{'seeds':>6}{'offline':>10}{'worst':>10}{'final':>10}")
+        for row, seeds in tables.items():
+            rates = [[entry[field] for entry in table] for table in seeds]
+            figures = np.array([(x[0], min(x), np.mean(x[-3:])) for x in rates]).mean(axis=0)
+            print(f"{ROWS[row][2]:<36}{len(seeds):6}" + "".join(f"{figure:10.2f}" for figure in figures))
     plot(arguments, tables, folder / "success.png")
     print("\nworst: lowest evaluation; final: mean of the last three; all as means over the seeds.")
     print(f"Plot: {folder}/success.png")

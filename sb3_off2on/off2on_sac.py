@@ -64,7 +64,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         ``offline`` or ``symmetric`` (half and half); or ``dict(buffer_device="cuda")`` to keep the rows on the device
     :param optimize_memory_usage: not supported, see ``BalancedReplayBuffer``
     :param n_steps: not supported, must be 1
-    :param ent_coef: see SAC; each member has one of its own in the offline phase, and it restarts for the online phase
+    :param ent_coef: see SAC; restarts for the online phase
     :param target_update_interval: see SAC
     :param target_entropy: see SAC
     :param use_sde: not supported
@@ -83,6 +83,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         serves the replay, unless ``learn_offline()`` is called
     :param offline_learning_rate: learning rate of the actors and entropy coefficients in the offline phase
     :param offline_qf_learning_rate: learning rate of the critics in the offline phase
+    :param offline_ent_coef: that of the offline phase, of which each member has one of its own: as ``ent_coef`` if ``None``
     :param offline_batch_size: rows per member and update in the offline phase
     :param offline_bc_steps: in this many of the first updates of the offline phase, the actors imitate the dataset's actions
         (maximum likelihood, without entropy) instead of maximising Q: ``policy_eval_start`` of CQL's and COG's published code.
@@ -162,6 +163,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         offline_gradient_steps: int = 0,
         offline_learning_rate: float | Schedule = 1e-4,
         offline_qf_learning_rate: float | Schedule = 3e-4,
+        offline_ent_coef: str | float | None = None,
         offline_batch_size: int = 256,
         offline_bc_steps: int = 0,
         cql_alpha: float = 5.0,
@@ -223,6 +225,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self.offline_gradient_steps = offline_gradient_steps
         self.offline_learning_rate = offline_learning_rate
         self.offline_qf_learning_rate = offline_qf_learning_rate
+        self.offline_ent_coef = offline_ent_coef
         self.offline_batch_size = offline_batch_size
         self.offline_bc_steps = offline_bc_steps
         self.cql_alpha = cql_alpha
@@ -261,6 +264,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self._check_number(name)
         if self.cql_target_action_gap is not None:
             self._check_number("cql_target_action_gap")
+        self._read_ent_coef("ent_coef")
+        if self.offline_ent_coef is not None:
+            self._read_ent_coef("offline_ent_coef")
         for name in ("cql_sampled_gradient", "calql"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
@@ -280,6 +286,22 @@ class Off2OnSAC(OfflineToOnline, SAC):
             raise ValueError(f"`density_ratio_kwargs['reference']` must be 'offline' or 'union', got {reference!r}")
         self._check_returns()
 
+    def _read_ent_coef(self, name: str) -> tuple[float, bool]:
+        """
+        :param name: of an argument in SAC's notation: ``"auto"``, such as ``"auto_0.1"``, or a number
+        :return: its value, which is the initial one if it is learned, and whether it is
+        :raises ValueError: if it is none of these
+        """
+        given = getattr(self, name)
+        is_learned = str(given).startswith("auto")
+        try:
+            value = 1.0 if given == "auto" else float(str(given).removeprefix("auto_"))
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf or (is_learned and value == 0):
+            raise ValueError(f"`{name}` must be 'auto', such as 'auto_0.1', or a number from 0, got {given!r}")
+        return value, is_learned
+
     def _check_returns(self) -> None:
         if self.calql and self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward:
             raise ValueError(
@@ -294,7 +316,10 @@ class Off2OnSAC(OfflineToOnline, SAC):
         # The offline phase has an entropy coefficient (as SAC's) and a Lagrange factor (as CQL's) for each member
         shape = (self.policy.ensemble_size,)
         self._initial_log_ent_coef = 0.0 if self.log_ent_coef is None else self.log_ent_coef.item()
-        self.offline_log_ent_coef = th.full(shape, self._initial_log_ent_coef, device=self.device, requires_grad=True)
+        ent_coef, is_learned = self._read_ent_coef("ent_coef" if self.offline_ent_coef is None else "offline_ent_coef")
+        self._fixed_offline_ent_coef = None if is_learned else ent_coef
+        self._initial_offline_log_ent_coef = math.log(ent_coef) if is_learned else 0.0
+        self.offline_log_ent_coef = th.full(shape, self._initial_offline_log_ent_coef, device=self.device, requires_grad=True)
         self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef], lr=self.offline_lr_schedule(1))
         self.log_cql_lagrange = th.zeros(shape, device=self.device, requires_grad=True)
         self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.offline_qf_lr_schedule(1))
@@ -329,7 +354,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
     def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
         super().set_member(index, member)
-        self.offline_log_ent_coef.data[index] = self._initial_log_ent_coef
+        self.offline_log_ent_coef.data[index] = self._initial_offline_log_ent_coef
         self._n_fqe_updates = 0
 
     # ------------------------------------------------------------------ offline phase (Algorithm 1)
@@ -363,12 +388,12 @@ class Off2OnSAC(OfflineToOnline, SAC):
             dist_params = self.actor.member_action_dist_params(replay_data.observations, per_member=True)
             actions_pi, log_prob = (x.squeeze(1) for x in self.actor.sample_from_params(*dist_params))
 
-            if self.ent_coef_optimizer is not None:
+            if self._fixed_offline_ent_coef is None:
                 ent_coef = th.exp(self.offline_log_ent_coef.detach()).unsqueeze(1)  # (ensemble_size, 1)
                 entropy_gap = (log_prob + self.target_entropy).detach()
                 ent_coef_loss = -(self.offline_log_ent_coef.unsqueeze(1) * entropy_gap).mean(dim=1).sum()
             else:
-                ent_coef = self.ent_coef_tensor
+                ent_coef = th.as_tensor(self._fixed_offline_ent_coef)
 
             with th.no_grad():
                 next_dist_params = self.actor.member_action_dist_params(replay_data.next_observations, per_member=True)
@@ -416,7 +441,7 @@ class Off2OnSAC(OfflineToOnline, SAC):
             self.critic.optimizer.step()
 
             # Where actors imitate, entropy is none of their aims, and the coefficient would go far off before it is one
-            if self.ent_coef_optimizer is not None and not is_imitating:
+            if self._fixed_offline_ent_coef is None and not is_imitating:
                 self.offline_ent_coef_optimizer.zero_grad()
                 ent_coef_loss.backward()
                 self.offline_ent_coef_optimizer.step()
@@ -879,7 +904,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, saved_pytorch_variables = super()._get_torch_save_params()
         state_dicts += ["offline_ent_coef_optimizer", "cql_lagrange_optimizer"]
-        saved_pytorch_variables += ["offline_log_ent_coef", "log_cql_lagrange"]
+        saved_pytorch_variables.append("log_cql_lagrange")
+        if self._fixed_offline_ent_coef is None:
+            saved_pytorch_variables.append("offline_log_ent_coef")
         if self.density_ratio is not None:
             state_dicts += ["density_ratio", "density_ratio.optimizer"]
         return state_dicts, saved_pytorch_variables

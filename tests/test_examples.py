@@ -81,7 +81,7 @@ def test_manipulation(
     monkeypatch.setattr(Off2OnSAC, "_online_gradient_steps", lambda self, gradient_steps: 1)
     arguments = (
         f"--observation {observation} --n-scripted 40 --n-random 40 --ensemble-size 2 --offline-steps 2 --online-episodes 10 "
-        f"--eval-freq 400 --eval-episodes 1 --out {tmp_path} --rows {' '.join(rows)}"
+        f"--eval-freq 400 --eval-episodes 10 --out {tmp_path} --rows {' '.join(rows)}"
     )
     monkeypatch.setattr(sys, "argv", ["", "pick-place", *arguments.split()])
     folder = tmp_path / "pick-place" / observation
@@ -96,9 +96,9 @@ def test_manipulation(
         runpy.run_path(str(EXAMPLES / "manipulation.py"), run_name="__main__")
     output = capsys.readouterr().out
     assert output.count("offline phase") == 1
-    assert output.count("success rate") == 2
+    assert output.count("success_sampling  ") == 2
     assert (folder / "success.png").stat().st_size > 10_000
     for name in times[0]:
         lines = (folder / name).read_text().splitlines()
-        assert lines[0] == "step,success,return,random_share"
+        assert lines[0] == "step,success,success_sampling,return,random_share"
         assert [line.split(",")[0] for line in lines[1:]] == ["0", "400"]

@@ -1,6 +1,7 @@
 """The two phases against SB3's SAC, against single agents, and against NumPy."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,14 @@ class TestOfflinePhase:
         assert ours.offline_log_ent_coef.item() == pytest.approx(plain.log_ent_coef.item(), abs=1e-12)
 
     @pytest.mark.parametrize(
-        "kwargs", [{}, {"cql_sampled_gradient": False}, {"cql_target_action_gap": 0.5}, {"ent_coef": 0.1}]
+        "kwargs",
+        [
+            {},
+            {"cql_sampled_gradient": False},
+            {"cql_target_action_gap": 0.5},
+            {"ent_coef": 0.1},
+            {"offline_ent_coef": "auto_0.3"},
+        ],
     )
     def test_members_are_independent_agents(
         self, float64_preprocessing: None, monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any]
@@ -143,6 +151,45 @@ class TestOfflinePhase:
             assert_close_members(ensemble.policy.get_member(index), single.policy.get_member(0))
             assert ensemble.offline_log_ent_coef[index].item() == pytest.approx(single.offline_log_ent_coef.item(), abs=1e-12)
             assert ensemble.log_cql_lagrange[index].item() == pytest.approx(single.log_cql_lagrange.item(), abs=1e-12)
+
+
+class TestEntropyCoefficients:
+    """``ent_coef`` is that of both phases, unless ``offline_ent_coef`` gives the offline phase one of its own."""
+
+    @pytest.mark.parametrize("offline_ent_coef", ["auto", "auto_0.3", 0.1, 0])
+    @pytest.mark.parametrize("ent_coef", ["auto_0.5", 0.2])
+    def test_of_its_own(self, ent_coef: str | float, offline_ent_coef: str | float) -> None:
+        dataset = make_dataset(env=TinyEnv())
+
+        def pretrained(**kwargs: Any) -> Off2OnSAC:
+            return small_model(TinyEnv(), dataset=dataset, **kwargs).learn_offline(gradient_steps=3)
+
+        own = pretrained(ent_coef=ent_coef, offline_ent_coef=offline_ent_coef)
+        alone = pretrained(ent_coef=offline_ent_coef)
+        assert_same(parameters_of(own.policy), parameters_of(alone.policy))
+        assert th.equal(own.offline_log_ent_coef, alone.offline_log_ent_coef)
+        if own.log_ent_coef is not None:
+            assert own.log_ent_coef.exp().item() == pytest.approx(0.5)
+        else:
+            assert own.ent_coef_tensor.item() == pytest.approx(0.2)
+
+    @pytest.mark.parametrize(("saved", "expected"), [(0.5, 0.3), ("auto_0.5", 0.5)])
+    def test_learned_after_load(self, saved: str | float, expected: float, tmp_path: Path) -> None:
+        """A learned coefficient goes on where it was; where it was fixed, from the initial value given."""
+        small_model(TinyEnv(), offline_ent_coef=saved).save(tmp_path / "model")
+        loaded = Off2OnSAC.load(tmp_path / "model", offline_ent_coef="auto_0.3")
+        assert loaded.offline_log_ent_coef.exp().tolist() == pytest.approx([expected] * loaded.policy.ensemble_size)
+
+    def test_the_online_phase_has_the_other(self) -> None:
+        """Agents of the same offline phase learn online with the one coefficient or the other."""
+        dataset = make_dataset(env=TinyEnv())
+        results = []
+        for ent_coef in ("auto_0.3", "auto_0.3", 0.2):
+            model = small_model(TinyEnv(), dataset=dataset, ent_coef=ent_coef, offline_ent_coef=0.1)
+            results.append(parameters_of(model.learn_offline(gradient_steps=2).learn(10).policy))
+        assert_same(results[0], results[1])
+        with pytest.raises(AssertionError):
+            assert_same(results[0], results[2])
 
 
 class TestBehaviourCloning:

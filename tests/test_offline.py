@@ -875,6 +875,12 @@ class TestErrors:
             ({"cql_temp": float("inf")}, "`cql_temp` must be above 0 and finite, got inf"),
             ({"cql_alpha_online": -1.0}, "`cql_alpha_online` must be at least 0, got -1.0"),
             ({"first_update_multiplier": 0}, "`first_update_multiplier` must be at least 1, got 0"),
+            ({"ent_coef": "autox"}, "`ent_coef` must be 'auto', such as 'auto_0.1', or a number from 0, got 'autox'"),
+            ({"ent_coef": "auto_0"}, "`ent_coef` must be 'auto', such as 'auto_0.1', or a number from 0, got 'auto_0'"),
+            (
+                {"offline_ent_coef": -0.1},
+                "`offline_ent_coef` must be 'auto', such as 'auto_0.1', or a number from 0, got -0.1",
+            ),
             ({"offline_batch_size": 0}, "`offline_batch_size` must be at least 1, got 0"),
             ({"offline_gradient_steps": -1}, "`offline_gradient_steps` must be at least 0, got -1"),
             ({"replay_buffer_kwargs": {"scheme": "best"}}, "Unknown scheme='best', it must be one of 'balanced'"),

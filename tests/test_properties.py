@@ -227,6 +227,7 @@ OWN_ARGUMENTS: dict[Any, dict[str, Any]] = {
     Off2OnSAC: {
         **dict.fromkeys(["cql_alpha", "cql_n_actions", "cql_temp", "cql_alpha_online", "priority_temperature"], NUMBERS),
         **dict.fromkeys(["initial_online_fraction", "ent_coef", "target_entropy", "target_update_interval"], NUMBERS),
+        "offline_ent_coef": st.one_of(NUMBERS, st.sampled_from(["auto", "auto_0.1", "auto_0", "x", None])),
         **dict.fromkeys(["qf_learning_rate", "offline_learning_rate", "cql_target_action_gap"], NUMBERS),
     },
     AWAC: {"awac_lambda": NUMBERS},

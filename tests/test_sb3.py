@@ -190,6 +190,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "offline_learning_rate": {"offline_learning_rate": 1e-2},
     "offline_qf_learning_rate": {"offline_qf_learning_rate": 1e-2},
     "offline_gradient_steps": {"offline_gradient_steps": 6},
+    "offline_ent_coef": {"offline_ent_coef": 0.5},
     "offline_batch_size": {"offline_batch_size": 9},
     "offline_bc_steps": {"offline_bc_steps": 1},
     "cql_alpha": {"cql_alpha": 1.0},

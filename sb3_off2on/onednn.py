@@ -48,7 +48,10 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
 
 
 def _product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
-    """:return: ``x @ y.T + bias``; any strides will do"""
+    """
+    :return: ``x @ y.T + bias``. ``y`` may be transposed, but not part of wider rows: oneDNN has plain loops for these, which take
+        a thousand times as long
+    """
     assert _ONEDNN_LINEAR is not None
     return _ONEDNN_LINEAR(x, y, bias, "none", [], "")
 
@@ -58,6 +61,7 @@ class _OneDNNLinear(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 

@@ -68,6 +68,30 @@ class TestLinear:
         (expected,) = th.autograd.grad(nn.functional.linear(*inputs).square().sum(), inputs[wanted])
         assert_close(grad, expected)
 
+    @needs_onednn
+    @pytest.mark.usefixtures("any_size")
+    def test_rows_of_a_wider_tensor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As the features of several members in one tensor: oneDNN gets what it has fast code for."""
+        dense = []
+        product = onednn._product
+
+        def recording_product(x: th.Tensor, y: th.Tensor, *bias: th.Tensor) -> th.Tensor:
+            dense.append(y.is_contiguous() or y.T.is_contiguous())
+            return product(x, y, *bias)
+
+        monkeypatch.setattr(onednn, "_product", recording_product)
+        inputs = [th.randn(16, 24, requires_grad=True), th.randn(4, 8, requires_grad=True), th.randn(4)]
+        output, expected = (f(inputs[0][:, 8:16], *inputs[1:]) for f in (linear, nn.functional.linear))
+        assert_close(output, expected)
+        weights = th.randn_like(expected)
+        for grad, expected_grad in zip(
+            th.autograd.grad((output * weights).sum(), inputs[:2]),
+            th.autograd.grad((expected * weights).sum(), inputs[:2]),
+            strict=True,
+        ):
+            assert_close(grad, expected_grad)
+        assert dense == [True] * 3
+
     @pytest.mark.usefixtures("any_size")
     def test_what_onednn_does_not_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, weight, bias = th.randn(16, 8), th.randn(4, 8), th.randn(4)

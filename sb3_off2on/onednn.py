@@ -49,8 +49,8 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
 
 def _product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
     """
-    :return: ``x @ y.T + bias``. ``y`` may be transposed, but not part of wider rows: oneDNN has plain loops for these, which take
-        a thousand times as long
+    :return: ``x @ y.T + bias``. ``y`` may be transposed, but not part of wider rows: for these, oneDNN has plain loops only,
+        which take a thousand times as long
     """
     assert _ONEDNN_LINEAR is not None
     return _ONEDNN_LINEAR(x, y, bias, "none", [], "")

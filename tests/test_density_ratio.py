@@ -96,7 +96,7 @@ class TestLoss:
     @pytest.mark.parametrize("online_share", [0.0, 0.5])
     def test_network_learns_the_ratio_of_two_gaussians(self, online_share: float) -> None:
         """Online states from N(1/2, 1) and actions of density (1 + a) / 2, offline ones from N(-1/2, 1) and uniform."""
-        n_steps, batch_size = 400, 256
+        n_steps, batch_size = 400, 512
         rng = np.random.default_rng(0)
 
         def online(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,15 +75,15 @@ class EnsembleSequential(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        sizes = [layer.weight[0].numel() for layer in layers if isinstance(layer, EnsembleLinear)]
-        self.largest_layer = max(sizes, default=0)
+        # Of one network, and one layer
+        self.max_n_weights = max((x.weight[0].numel() for x in layers if isinstance(x, EnsembleLinear)), default=0)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        multiplications = x.shape[1] * self.largest_layer
+        multiplications = x.shape[1] * self.max_n_weights
         if multiplications >= MIN_MULTIPLICATIONS * th.get_num_threads() and takes_onednn(x, multiplications):
             return th.stack([network(rows) for network, rows in zip(unstack_modules(self, len(x)), x, strict=True)])
         for layer in self:

@@ -1,9 +1,9 @@
 """Linear layers by oneDNN beside PyTorch's own, and networks one by one beside the batched product."""
 
 import math
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -13,10 +13,7 @@ from sb3_off2on.onednn import linear, takes_onednn
 from sb3_off2on.stacking import stack_modules, unstack_modules
 
 
-def assert_close(got: th.Tensor, expected: th.Tensor) -> None:
-    np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-5, atol=2e-5)
-
-
+assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
 needs_onednn = pytest.mark.skipif(
     not takes_onednn(th.zeros(1, 1), onednn.MIN_MULTIPLICATIONS), reason="PyTorch's oneDNN for x86 is not on this machine"
 )

@@ -12,7 +12,6 @@ from sb3_off2on import onednn, stacking
 from sb3_off2on.onednn import linear, takes_onednn
 from sb3_off2on.stacking import stack_modules, unstack_modules
 
-
 assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
 needs_onednn = pytest.mark.skipif(
     not takes_onednn(th.zeros(1, 1), onednn.MIN_MULTIPLICATIONS), reason="PyTorch's oneDNN for x86 is not on this machine"

@@ -1,7 +1,8 @@
 from sb3_off2on.awac import AWAC
 from sb3_off2on.bcq import BCQ
 from sb3_off2on.buffers import BalancedReplayBuffer
-from sb3_off2on.datasets import OfflineDataset, collect_dataset, load_dataset
+from sb3_off2on.collection import collect_dataset
+from sb3_off2on.datasets import OfflineDataset, load_dataset
 from sb3_off2on.off2on_sac import Off2OnSAC
 from sb3_off2on.policies import EnsembleCQLPolicy
 

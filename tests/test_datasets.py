@@ -21,7 +21,8 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer, Rol
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
-from sb3_off2on.datasets import OfflineDataset, collect_dataset, load_dataset
+from sb3_off2on.collection import collect_dataset
+from sb3_off2on.datasets import OfflineDataset, load_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
@@ -852,7 +853,7 @@ def check_named_steps(dataset: OfflineDataset, n_steps: int) -> None:
 
 @pytest.mark.parametrize("n_steps", [1, 3, 23, 300])
 def test_collect_random(n_steps, monkeypatch):
-    monkeypatch.setattr("sb3_off2on.datasets._WRITE_STEPS", 20)  # written in several pieces
+    monkeypatch.setattr("sb3_off2on.collection._WRITE_STEPS", 20)  # written in several pieces
     made = collect_dataset(None, NamedSteps(), n_steps, "own/random-v0", seed=3, author="somebody")
     assert made.total_steps == n_steps
     assert made.storage.metadata["algorithm_name"] == "random"

@@ -590,7 +590,7 @@ def test_presets_and_command_line(monkeypatch, capsys):
 
 
 def test_interruption_leaves_nothing(monkeypatch):
-    monkeypatch.setattr("sb3_off2on.datasets._WRITE_STEPS", 10)
+    monkeypatch.setattr("sb3_off2on.collection._WRITE_STEPS", 10)
     original, calls = make_dataset.run_episode, []
 
     def interrupted(*args: Any) -> Any:

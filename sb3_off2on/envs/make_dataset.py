@@ -14,7 +14,8 @@ import numpy as np
 from minari.data_collector import EpisodeBuffer  # type: ignore[import-untyped]
 from minari.storage import get_dataset_path  # type: ignore[import-untyped]
 
-from sb3_off2on.datasets import check_new_id, map_arrays, write_episodes
+from sb3_off2on.collection import check_new_id, write_episodes
+from sb3_off2on.datasets import map_arrays
 from sb3_off2on.envs import ID_SUFFIXES, TASKS, env_id
 
 if TYPE_CHECKING:  # MuJoCo is imported only where episodes are run: the help of the command line must not need it

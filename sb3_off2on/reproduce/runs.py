@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
@@ -39,6 +40,8 @@ from sb3_off2on.reproduce.systems import Job
 # A folder of each job, and after how many updates or steps one is due; online, it may wait as long again for an episode to end
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_FREQ = 1000
+# Evaluated side by side, as an agent takes little longer for five observations than for one
+N_EVAL_ENVS = 5
 
 
 class ReportCallback(BaseCallback):
@@ -200,8 +203,9 @@ def fine_tune(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     going_on = is_ours and model.resume(job.folder / CHECKPOINTS)
     keep_log(job.folder, model.num_timesteps if going_on else None)
     model.set_logger(configure(str(job.folder), ["csv"]))
-    eval_env: VecEnv = BaseAlgorithm._wrap_env(job.task.make_env())
-    eval_env.seed(settings["seed"] + 1000)
+    n_eval_envs = min(N_EVAL_ENVS, settings["eval_episodes"])
+    eval_env: VecEnv = make_vec_env(job.task.make_env, n_eval_envs, seed=settings["seed"] + 1000)
+    eval_env = BaseAlgorithm._wrap_env(eval_env)  # as SB3 does with the one to learn from: images get their channels first
     evaluation = EvalCallback(
         eval_env,
         eval_freq=settings["eval_freq"],

@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from sb3_off2on import BalancedReplayBuffer, Off2OnSAC, OfflineDataset, __version__, load_dataset, onednn
-from sb3_off2on.buffers import SumTree
+from sb3_off2on.priorities import SumTree
 
 OBS_DIM, ACTION_DIM, EPISODE_LENGTH = 17, 6, 1000  # HalfCheetah's
 NET_ARCH, BATCH_SIZE, ENSEMBLE_SIZE = [256, 256], 256, 5

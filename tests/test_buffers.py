@@ -18,12 +18,11 @@ from sb3_off2on.buffers import (
     SCHEMES,
     BalancedReplayBuffer,
     BalancedReplayBufferSamples,
-    DevicePriorities,
-    SumTree,
     initial_priority,
     to_device,
 )
 from sb3_off2on.datasets import OfflineDataset
+from sb3_off2on.priorities import DevicePriorities, SumTree
 
 OBSERVATION_SPACE = spaces.Box(-1e6, 1e6, (2,), np.float32)
 ACTION_SPACE = spaces.Box(-2.0, 5.0, (3,), np.float32)

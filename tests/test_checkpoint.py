@@ -32,9 +32,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from torch import nn
 
 from sb3_off2on import AWAC, BCQ, Off2OnSAC, checkpoint, resume
-from sb3_off2on.buffers import SumTree
 from sb3_off2on.callbacks import ResumableCheckpointCallback
 from sb3_off2on.checkpoint import decode, encode, find_checkpoints, read_checkpoint, read_newest
+from sb3_off2on.priorities import SumTree
 from sb3_off2on.schedules import ScaledSchedule
 
 N_OFFLINE, N_ONLINE, EPISODE = 12, 40, 5

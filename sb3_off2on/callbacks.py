@@ -109,9 +109,10 @@ class ActionAUROCCallback(BaseCallback):
     2021, Fig. 4b and 10): AUROC with ``Q(s, a)`` as the score, for each member and for the ensemble.
 
     Our reading of the paper: the real pairs are those collected online so far, here a uniform minibatch of them. Each gets
-    50 actions, uniform over the action space. All real pairs are held against all fake ones, also those of other states:
-    one AUROC over the whole set, not a mean of AUROCs by state. Q of a member is the minimum over its critics, Q of the
-    ensemble the mean over the members, which is what the policy maximises.
+    50 actions, uniform over the action space. In ``auroc/...``, all real pairs are held against all fake ones, also those of
+    other states: one AUROC over the whole set. How much Q varies between states limits it, whatever Q says of actions; in
+    ``auroc_per_state/...`` each real pair is held against the fake ones at its own state, and the mean taken. Q of a member is
+    the minimum over its critics, Q of the ensemble the mean over the members, which is what the policy maximises.
     As long as nothing was collected online, the pairs are those of the dataset instead.
 
     Random numbers come from a generator of its own: training is the same to the last bit with and without the callback.
@@ -171,14 +172,12 @@ class ActionAUROCCallback(BaseCallback):
 
         # (ensemble_size, 1 + n_actions, batch_size)
         member_q_values = q_values.min(dim=1).values.cpu().numpy()
-        self.logger.record("auroc/ensemble", _auroc_of_first(member_q_values.mean(axis=0)))
-        for index, q_values_of_member in enumerate(member_q_values):
-            self.logger.record(f"auroc/member_{index}", _auroc_of_first(q_values_of_member))
+        scores = {f"member_{index}": q_values_of_member for index, q_values_of_member in enumerate(member_q_values)}
+        scores["ensemble"] = member_q_values.mean(axis=0)
+        for name, values in scores.items():  # (1 + n_actions, batch_size)
+            self.logger.record(f"auroc/{name}", auroc(values[0], values[1:]))
+            self.logger.record(f"auroc_per_state/{name}", np.mean([auroc(state[:1], state[1:]) for state in values.T]))
         return True
-
-
-def _auroc_of_first(q_values: np.ndarray) -> float:
-    return auroc(q_values[0], q_values[1:])
 
 
 class OfflineShareCallback(BaseCallback):

@@ -261,13 +261,18 @@ class TestActionAUROC:
             with th.no_grad():
                 per_action = [th.stack(model.critic(batch.observations, x)).squeeze(-1).numpy() for x in actions]
             q_values = np.array(per_action).reshape(21, ensemble_size, 2, n_rows).min(axis=2)
-            expected = {f"auroc/member_{index}": q_values[:, index] for index in range(ensemble_size)}
-            expected["auroc/ensemble"] = q_values.mean(axis=1)
-            assert model.logger.name_to_value.keys() == expected.keys()
-            for key, q in expected.items():
-                pairs = q[0][:, None] - q[1:].reshape(1, -1)
-                # A pair may change places where two ways of computing Q-values round differently
-                assert model.logger.name_to_value[key] == pytest.approx(np.mean(pairs > 0), abs=2.1 / pairs.size), key
+            expected = {f"member_{index}": q_values[:, index] for index in range(ensemble_size)}
+            expected["ensemble"] = q_values.mean(axis=1)
+            values = model.logger.name_to_value
+            assert values.keys() == {f"{prefix}/{name}" for prefix in ("auroc", "auroc_per_state") for name in expected}
+            for name, q in expected.items():
+                of_all_states, of_its_own = q[0][:, None] - q[1:].reshape(1, -1), q[0] - q[1:]
+                for prefix, pairs in {"auroc": of_all_states, "auroc_per_state": of_its_own}.items():
+                    # A pair may change places where two ways of computing Q-values round differently
+                    assert values[f"{prefix}/{name}"] == pytest.approx(np.mean(pairs > 0), abs=2.1 / pairs.size), (
+                        prefix,
+                        name,
+                    )
 
     def test_every_eval_freq_calls_through_both_phases(self, dataset: Any) -> None:
         model = small_model(CalmEnv(), dataset=dataset)

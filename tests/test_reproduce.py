@@ -221,7 +221,10 @@ class TestCommand:
         assert set(zip(auroc["system"], auroc["curve"], strict=True)) == {
             ("Off2On", ""),
             ("Off2On", "its members alone"),
+            ("Off2On", "state by state"),
+            ("Off2On", "its members alone, state by state"),
             ("Off2On, N=1", ""),
+            ("Off2On, N=1", "state by state"),
         }
         for figure in ("fig4a", "fig4b", "fig4c"):
             assert (tmp_path / figure / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
@@ -480,8 +483,10 @@ class TestAnalyses:
         assert write_run(tmp_path / "run", 0, [[4.0], [2.0]]).final == 2
 
     def test_what_was_logged_last(self, tmp_path: Path) -> None:
-        log = "time/total_timesteps,replay/offline_fraction,auroc/ensemble,auroc/member_0,auroc/member_1\n"
-        log += "105,,,,\n113,0.5,,,\n118,0.4,0.9,0.7,0.8\n125,,,,\n130,0.1,0.6,0.3,0.4\n"
+        keys = ["auroc/ensemble", "auroc/member_0", "auroc/member_1"]
+        keys = ["time/total_timesteps", "replay/offline_fraction", *keys, *(key.replace("/", "_per_state/") for key in keys)]
+        log = ",".join(keys) + "\n105,,,,,,,\n113,0.5,,,,,,\n118,0.4,0.9,0.7,0.8,0.99,0.9,0.92\n"
+        log += "125,,,,,,,\n130,0.1,0.6,0.3,0.4,0.95,0.9,0.8\n"
         run = write_run(tmp_path / "run", 0, np.zeros((4, 1)), log=log)
         steps, values = analyses.offline_share(run)[""]
         assert steps.tolist() == [20, 30]
@@ -489,6 +494,8 @@ class TestAnalyses:
         curves = analyses.action_auroc(run)
         np.testing.assert_allclose(curves[""][1], [90, 60])
         np.testing.assert_allclose(curves["its members alone"][1], [75, 35])
+        np.testing.assert_allclose(curves["state by state"][1], [99, 95])
+        np.testing.assert_allclose(curves["its members alone, state by state"][1], [91, 85])
         with pytest.raises(ValueError, match=r"progress.csv has no `no/such_key`: make the run anew, in another `--out`"):
             run.logged("no/such_key")
 

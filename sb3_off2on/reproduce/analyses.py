@@ -114,13 +114,17 @@ def offline_share(run: Run) -> Curves:
 def action_auroc(run: Run) -> Curves:
     """
     :param run: logged with ``ActionAUROCCallback``
-    :return: AUROC of the ensemble and, if there are several, the mean of those of its members, in percent (Fig. 4b)
+    :return: AUROC of the ensemble and, if there are several, the mean of those of its members, in percent (Fig. 4b); both over
+        all states at once, and as means over the states
     """
-    steps, ensemble = run.logged("auroc/ensemble")
-    members = [key for key in run.progress if key.startswith("auroc/member_")]
-    curves = {"": (steps, 100 * ensemble)}
-    if len(members) > 1:
-        curves["its members alone"] = (steps, 100 * np.mean([run.logged(key)[1] for key in members], axis=0))
+    curves: Curves = {}
+    for prefix, name in {"auroc": "", "auroc_per_state": "state by state"}.items():
+        steps, ensemble = run.logged(f"{prefix}/ensemble")
+        curves[name] = (steps, 100 * ensemble)
+        members = [key for key in run.progress if key.startswith(f"{prefix}/member_")]
+        if len(members) > 1:
+            mean = np.mean([run.logged(key)[1] for key in members], axis=0)
+            curves[", ".join(filter(None, ["its members alone", name]))] = (steps, 100 * mean)
     return curves
 
 

@@ -232,6 +232,7 @@ class TestCommand:
             assert f"sb3-off2on reproduce {figure} --dataset {data} --offline-steps 4" in report
             assert command.FIGURES[figure].claim in report
             assert "| Off2On | 2 |" in report
+            assert "Systems with an ensemble have N = 2 where their name says no other." in report
             assert f"### {command.FIGURES[figure].label}: {Task((data,), None).dataset_name}" in report
             assert f"torch {th.__version__}" in report
             assert "Failed" not in report
@@ -426,12 +427,13 @@ class TestPlan:
         assert plan("sac", "--scale", "1e-9") == [1]
 
     def test_options_reach_the_runs(self, data: str, tmp_path: Path) -> None:
-        more = ["--offline-batch-size", "3", "--cql-n-actions", "2"]
+        more = ["--offline-batch-size", "3", "--cql-n-actions", "2", "--offline-bc-steps", "3"]
         for name in ("off2on", "awac", "bcq_ft"):
             before, job = jobs_of(data, tmp_path, name, *more)
             for settings in (before.settings, job.settings):
                 assert settings["hyperparameters"]["offline_batch_size"] == 3
                 assert settings["hyperparameters"].get("cql_n_actions") == (2 if name == "off2on" else None)
+                assert settings["hyperparameters"].get("offline_bc_steps") == (3 if name == "off2on" else None)
         assert job.settings["eval_freq"] == 10
         assert job.settings["eval_episodes"] == 2
 

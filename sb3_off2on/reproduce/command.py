@@ -121,6 +121,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     given.add_argument("--ensemble-size", type=int, default=5, help="N of the systems that do not fix it")
     given.add_argument("--offline-batch-size", type=int, help="rows per member and offline update")
     given.add_argument("--cql-n-actions", type=int, help="sampled actions of CQL's term, each of three kinds")
+    given.add_argument("--offline-bc-steps", type=int, help="first offline updates of CQL agents, in which actors imitate")
     given.add_argument("--batch-size", type=int, help="rows per online update of every algorithm")
     given.add_argument("--learning-rate", type=float, help="of Off2OnSAC's actor online (paper: 3e-4, 3e-5 or 5e-6)")
     given.add_argument("--ent-coef", help="of Off2OnSAC online: auto, or auto_0.1 to start at 0.1 instead of 1")
@@ -233,7 +234,8 @@ def write_results(
         f"The paper: {figure.claim}" if args.figure != "today" else figure.claim,
         f"![{args.figure}]({args.figure}.png)",
         "Curves: interquartile mean over the seeds; shades: its 95% interval by bootstrap. Returns: the same over all runs of "
-        "a row, with a bootstrap that is stratified by dataset. Of less than four runs the interquartile mean is the mean.",
+        "a row, with a bootstrap that is stratified by dataset. Of less than four runs the interquartile mean is the mean. "
+        f"Systems with an ensemble have N = {args.ensemble_size} where their name says no other.",
         *tables,
         "### Returns",
         analyses.markdown_table(analyses.summary(runs, infos)),

@@ -261,8 +261,7 @@ def adapted(kwargs: dict[str, Any], args: argparse.Namespace, ensemble_size: int
     :return: hyperparameters
     """
     kwargs = {**kwargs, "policy_kwargs": {**kwargs["policy_kwargs"], "ensemble_size": ensemble_size}}
-    if args.offline_batch_size is not None:
-        kwargs["offline_batch_size"] = args.offline_batch_size
-    if args.cql_n_actions is not None and "bcq_lambda" not in kwargs and "awac_lambda" not in kwargs:
-        kwargs["cql_n_actions"] = args.cql_n_actions
+    kwargs.update(given(args, "offline_batch_size"))
+    if "bcq_lambda" not in kwargs and "awac_lambda" not in kwargs:
+        kwargs.update(given(args, "cql_n_actions", "offline_bc_steps"))
     return kwargs

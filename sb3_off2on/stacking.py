@@ -18,7 +18,7 @@ from sb3_off2on.onednn import linear, takes_onednn
 
 # Multiplications of a layer, for each thread, from which N networks one by one take less time than a batched product, in which
 # every thread has networks of its own
-MIN_MULTIPLICATIONS = 2**23
+MIN_MULTIPLICATIONS = 7 * 2**20
 
 
 class EnsembleLayer(nn.Module):

@@ -377,6 +377,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         n_rows = self.size()
         priorities = None if self._tree is None else _on_host(self._tree.leaves)[: self.n_offline + self.n_online]
         return {
+            "scheme": self.scheme,
             "rows": {name: map_arrays(lambda array: array[:n_rows], getattr(self, name)) for name in ONLINE_ROWS},
             "pos": self.pos,
             "full": self.full,
@@ -386,7 +387,8 @@ class BalancedReplayBuffer(ReplayBuffer):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """
-        Go on where another buffer with the same arguments and dataset was.
+        Go on where another buffer with the same dataset was. The scheme stays this buffer's; if it has priorities and the
+        other one had none, they stay to be reset.
 
         :param state: its ``get_state()``
         :raises ValueError: if it does not fit; nothing changes then
@@ -406,7 +408,7 @@ class BalancedReplayBuffer(ReplayBuffer):
         self.pos, self.full = state["pos"], state["full"]
         self._default_priority = state["default_priority"]
         # Upper levels are sums of lower ones, however these came about: the tree is the same to the last bit
-        if self._tree is not None:
+        if self._tree is not None and state["priorities"] is not None:
             self._tree = self._new_tree(len(self._tree))
             self._tree.fill(0, len(state["priorities"]), self._on_buffer_device(state["priorities"]))
         self._device_rows = []

@@ -320,8 +320,12 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self._fixed_offline_ent_coef = None if is_learned else ent_coef
         self._initial_offline_log_ent_coef = math.log(ent_coef) if is_learned else 0.0
         self.offline_log_ent_coef = th.full(shape, self._initial_offline_log_ent_coef, device=self.device, requires_grad=True)
-        self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef], lr=self.offline_lr_schedule(1))
         self.log_cql_lagrange = th.zeros(shape, device=self.device, requires_grad=True)
+        self._reset_coefficient_optimizers()
+
+    def _reset_coefficient_optimizers(self) -> None:
+        """Those of the offline phase's coefficients."""
+        self.offline_ent_coef_optimizer = th.optim.Adam([self.offline_log_ent_coef], lr=self.offline_lr_schedule(1))
         self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.offline_qf_lr_schedule(1))
 
     def _setup_density_ratio(self) -> None:
@@ -355,6 +359,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
     def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
         super().set_member(index, member)
         self.offline_log_ent_coef.data[index] = self._initial_offline_log_ent_coef
+        self.log_cql_lagrange.data[index] = 0.0
+        self._reset_coefficient_optimizers()
         self._n_fqe_updates = 0
 
     # ------------------------------------------------------------------ offline phase (Algorithm 1)
@@ -787,8 +793,6 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 # Copy running stats, see GH issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-        self._n_updates += gradient_steps
-
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/qf_learning_rate", qf_learning_rate)
         self._record_mean("train/ent_coef", ent_coefs)
@@ -885,7 +889,8 @@ class Off2OnSAC(OfflineToOnline, SAC):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """
-        SB3's. The parameters can be those of a model with a dataset where this one has none yet.
+        SB3's. The parameters can be those of a model with a dataset where this one has none yet, or of one with a fixed
+        entropy coefficient where this one's is learned.
 
         :raises TypeError: if they are of a learned entropy coefficient and this model's is fixed
         """
@@ -897,12 +902,20 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 f"`ent_coef={self.ent_coef!r}` is fixed, but the entropy coefficient of the saved model is learned: give "
                 "'auto' or such as 'auto_0.1'"
             )
+        if self.ent_coef_optimizer is not None:  # where a coefficient was fixed that is learned from now on
+            own: Any = self.ent_coef_optimizer.state_dict()
+            params = {"ent_coef_optimizer": own, **params}
         if self.density_ratio is None and "density_ratio" in params:
             self._setup_density_ratio()
         super().set_parameters(params, exact_match, device)
+        if self.density_ratio is not None and "learning_rate" in self.density_ratio_kwargs:
+            # The optimizer's state has that of the saved model, which `load(density_ratio_kwargs=...)` may have changed
+            update_learning_rate(self.density_ratio.optimizer, self.density_ratio_kwargs["learning_rate"])
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, saved_pytorch_variables = super()._get_torch_save_params()
+        # SAC saves a fixed entropy coefficient, too. It is what the argument says, which load() may change
+        saved_pytorch_variables = [name for name in saved_pytorch_variables if name != "ent_coef_tensor"]
         state_dicts += ["offline_ent_coef_optimizer", "cql_lagrange_optimizer"]
         saved_pytorch_variables.append("log_cql_lagrange")
         if self._fixed_offline_ent_coef is None:

@@ -148,7 +148,6 @@ class OfflineToOnline(Resumable, Guarded):
             if self.dataset is not None:
                 is_offline = th.as_tensor(replay_data.indices < self.replay_buffer.n_offline)
                 self.logger.record_mean("replay/offline_fraction", is_offline.double().mean())  # type: ignore[arg-type]
-        self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     # ------------------------------------------------------------------ the members
@@ -165,14 +164,14 @@ class OfflineToOnline(Resumable, Guarded):
     def set_member(self, index: int, member: dict[str, dict[str, th.Tensor]]) -> None:
         """
         Make an agent that was trained elsewhere a member of the ensemble, see ``EnsembleCQLPolicy.set_member``. The model
-        counts as pretrained: its actions are played from the first step on.
+        counts as pretrained: its actions are played from the first step on. The optimizers of all members begin anew.
 
         :param index: which member
         :param member: state dicts as ``get_member`` returns them; those of target networks can be missing
         :raises ValueError: if there is no such member, or the parameters do not fit
         """
         self.policy.set_member(index, member)
-        # Nothing that was gathered about the parameters before holds for the new ones
+        # Nothing that was gathered about the parameters before holds for the new ones. The members' optimizers are one
         self.policy.reset_optimizers()
         self.pretrained, self._handed_over = True, False
 
@@ -357,25 +356,25 @@ class OfflineToOnline(Resumable, Guarded):
     def _seed_vec_normalize(self) -> None:
         """
         Give ``VecNormalize`` the dataset's statistics where it has none of its own: those of an environment that was only
-        reset are of one observation each, and would throw all rows to its clipping bounds.
+        reset are of a few observations, and would throw all rows to its clipping bounds.
         """
         env, dataset = self._vec_normalize_env, self.dataset
-        if env is None or dataset is None:
+        # Every step counts as a return, a reset does not
+        if env is None or dataset is None or env.ret_rms.count >= 1:
             return
         frames: Any = dataset.frames
         obs_rms: Any = getattr(env, "obs_rms", None)
         parts = [(obs_rms, frames)] if not isinstance(obs_rms, dict) else [(obs_rms[key], frames[key]) for key in obs_rms]
         for statistics, part in parts:
-            if statistics is not None and statistics.count < env.num_envs + 1:  # one reset at most
+            if statistics is not None:
                 for start in range(0, len(part), 1024):
                     statistics.update(part[start : start + 1024])
-        if env.norm_reward and env.ret_rms.count < env.num_envs + 1:
-            returns, discounted = [], 0.0
-            for reward, end in zip(dataset.rewards.tolist(), dataset.episode_ends.tolist(), strict=True):
-                discounted = env.gamma * discounted + reward
-                returns.append(discounted)
-                discounted = 0.0 if end else discounted
-            env.ret_rms.update(np.array(returns))
+        returns, discounted = [], 0.0
+        for reward, end in zip(dataset.rewards.tolist(), dataset.episode_ends.tolist(), strict=True):
+            discounted = env.gamma * discounted + reward
+            returns.append(discounted)
+            discounted = 0.0 if end else discounted
+        env.ret_rms.update(np.array(returns))
 
     def _prepare_dataset(self) -> None:
         assert self.replay_buffer is not None
@@ -540,6 +539,7 @@ class OfflineToOnline(Resumable, Guarded):
             reset_num_timesteps=self.num_timesteps == 0,
             tb_log_name=tb_log_name,
             progress_bar=progress_bar,
+            reset_env=False,
         )
         # What SB3's callbacks read in `locals`: no episode ends here
         dones: np.ndarray = np.zeros(self.n_envs, dtype=bool)
@@ -551,9 +551,12 @@ class OfflineToOnline(Resumable, Guarded):
             self._current_progress_remaining = 1.0 - n_done / gradient_steps
             # SB3's callbacks take a call for `n_envs` time steps: progress bars count so, and so are frequencies given
             n_updates = min(self.n_envs, gradient_steps - n_done)
-            train(gradient_steps=n_updates)
+            n_before = self._n_offline_updates
+            try:
+                train(gradient_steps=n_updates)
+            finally:  # one that a fault or Ctrl-C ended counts in both
+                self.num_timesteps += self._n_offline_updates - n_before
             n_done += n_updates
-            self.num_timesteps += n_updates
             self.pretrained, self._handed_over = True, False
             callback.update_locals(locals())
             continue_training = callback.on_step()
@@ -570,8 +573,6 @@ class OfflineToOnline(Resumable, Guarded):
                 for key in [key for key in values if key.startswith("offline/")]:
                     del values[key]
         callback.on_training_end()
-        # Whoever evaluates the agents now may step these environments: learn() resets them
-        self._last_obs = None
         return continue_training
 
     # ------------------------------------------------------------------ the online phase
@@ -624,11 +625,6 @@ class OfflineToOnline(Resumable, Guarded):
             self._call, self._to_complete = ("learn", start), None
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    @property
-    def _first_update_is_due(self) -> bool:
-        """Whether a model that brings something from before the online phase has not been updated online yet."""
-        return self._n_updates == 0 and (self.pretrained or self.dataset is not None)
-
     def collect_rollouts(
         self,
         env: VecEnv,
@@ -647,12 +643,11 @@ class OfflineToOnline(Resumable, Guarded):
         :raises RuntimeError: if the worker of an environment died; its ``SubprocVecEnv`` is closed then
         """
         self._between_steps()
-        if replay_buffer.n_online == 0:  # a model that was saved in its first rollout, without its rows
+        if replay_buffer.n_online == 0:  # a model that was loaded without its rows begins with as many again
             self._n_first_steps = 0
         # A callback may have stopped the first rollout before
         missing = self.learning_starts - self._n_first_steps
-        first = self._first_update_is_due and missing > 0
-        if first:
+        if missing > 0 and (self.pretrained or self.dataset is not None):
             train_freq = TrainFreq(math.ceil(missing / env.num_envs), TrainFrequencyUnit.STEP)
         self._in_rollout, self._env_seed = True, None
         try:
@@ -692,19 +687,21 @@ class OfflineToOnline(Resumable, Guarded):
 
     def _online_gradient_steps(self, gradient_steps: int) -> int:
         """
-        The paper trains ``first_update_multiplier`` times longer on the first online samples (section D.1).
+        The paper trains ``first_update_multiplier`` times longer on the first online samples (section D.1), with an update for
+        each of the ``learning_starts``.
 
         :param gradient_steps: number of updates that SB3 asks for
         :return: number of updates to do
         """
-        if self._first_update_is_due and self.pretrained and self.learning_starts > 0:
-            return self.first_update_multiplier * self.learning_starts
+        if self.pretrained and self._n_updates == 0:
+            return self.first_update_multiplier * (self.learning_starts or gradient_steps)
         return gradient_steps
 
     def _steps_shown(self, gradient_steps: int) -> Iterator[int]:
         """
-        Count the updates of one call of ``train()``. As there can be thousands between two environment steps, which SB3's
-        progress bar counts, the bar's description tells how far they are.
+        Count the updates of one call of ``train()``, each when it is done, so that an interrupted call is not made again. As
+        there can be thousands between two environment steps, which SB3's progress bar counts, its description tells how far
+        they are.
 
         :param gradient_steps: number of updates
         :return: their numbers, from 0
@@ -718,6 +715,7 @@ class OfflineToOnline(Resumable, Guarded):
                 for bar in bars:
                     bar.set_description(f"update {gradient_step:,} of {gradient_steps:,}")
             yield gradient_step
+            self._n_updates += 1
         for bar in bars:
             bar.set_description(None)
 
@@ -728,21 +726,25 @@ class OfflineToOnline(Resumable, Guarded):
         reset_num_timesteps: bool = True,
         tb_log_name: str = "run",
         progress_bar: bool = False,
+        reset_env: bool = True,
     ) -> tuple[int, BaseCallback]:
         self._sound_normalization = self._normalization()
         is_custom_logger = self._custom_logger
         if not is_custom_logger:
             self._setup_logger(reset_num_timesteps, tb_log_name)
-        is_reset = reset_num_timesteps or self._last_obs is None
-        if is_reset and self._env_seed is not None and self.env is not None:
+        if not reset_env:
+            self._last_obs = {}  # anything but None, which would make SB3 reset the environments
+        elif (reset_num_timesteps or self._last_obs is None) and self._env_seed is not None and self.env is not None:
             self.env.seed(self._env_seed)  # once more, as a model that was loaded has been reset before
         try:
             self._custom_logger = True
             total_timesteps, callback = super()._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+                total_timesteps, callback, reset_num_timesteps and reset_env, tb_log_name, progress_bar
             )
         finally:
             self._custom_logger = is_custom_logger
+            if not reset_env:
+                self._last_obs = None
         if not any(isinstance(output, TensorReader) for output in self.logger.output_formats):
             self.logger.output_formats.insert(0, TensorReader())
         if reset_num_timesteps:

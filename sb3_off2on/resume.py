@@ -145,7 +145,8 @@ def check_state(model: Any, state: dict[str, Any], changed: Collection[str] = ()
         "the statistics of VecNormalize": ([*state["vec_normalize"]], [*_statistics(model)]),
     }
     for name, value in own.items():
-        if name in state["arguments"] and name not in (*_FREE_ARGUMENTS, *changed):
+        # As with SB3's load(), `policy_kwargs` must be the same: optimizers take their settings from what is read
+        if name in state["arguments"] and (name == "policy_kwargs" or name not in (*_FREE_ARGUMENTS, *changed)):
             pairs[f"`{name}`"] = tuple(encode(x, name, {}, {}) for x in (state["arguments"][name], value))
     for name, (expected, got) in pairs.items():
         if expected != got:
@@ -162,19 +163,26 @@ def check_state(model: Any, state: dict[str, Any], changed: Collection[str] = ()
         raise ValueError(f"The checkpoint is of another model: {names[0]!r} in its policy is another one, see `policy_kwargs`")
 
 
-def set_state(model: Any, state: dict[str, Any]) -> None:
+def set_state(model: Any, state: dict[str, Any], changed: Collection[str] = ()) -> None:
     """
     Fill a model that ``check_state()`` has passed, with its dataset attached.
 
     :param model: an ``OfflineToOnline``; its environment starts new episodes
     :param state: what was read
+    :param changed: names of arguments that are meant to differ
     """
-    model.replay_buffer.set_state(state["replay"])
+    replay = state["replay"]
+    if "replay_buffer_kwargs" not in changed:  # `set_scheme()` may have changed it
+        model.replay_buffer.set_scheme(replay["scheme"])
+    model.replay_buffer.set_state(replay)
+    if replay["priorities"] is None and model.dataset is not None:
+        model._reset_priorities()
     model.set_parameters(state["parameters"])
     # Names are the model's own: a file that somebody made up sets nothing else
     for name in model._get_torch_save_params()[1]:
-        # In place, because an optimizer holds the variable
-        recursive_getattr(model, name).data = state["variables"][name].to(model.device)
+        if name in state["variables"]:  # not where a coefficient is learned that was fixed before
+            # In place, because an optimizer holds the variable
+            recursive_getattr(model, name).data = state["variables"][name].to(model.device)
     for name in _COUNTERS:
         if name in state["counters"]:
             setattr(model, name, state["counters"][name])
@@ -367,7 +375,7 @@ class Resumable(OffPolicyAlgorithm):
             check_state(self, state, changed)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        set_state(self, state)
+        set_state(self, state, changed)
         self._to_complete = self._call
         self._checkpoint_folder = path.parent.resolve()
 

@@ -18,7 +18,7 @@ from sb3_off2on.onednn import linear, takes_onednn
 
 # Multiplications of a layer, for each thread, from which N networks one by one take less time than a batched product, in which
 # every thread has networks of its own
-MIN_MULTIPLICATIONS = 7 * 2**20
+MIN_MULTIPLICATIONS_PER_THREAD = 7 * 2**20
 
 
 class EnsembleLayer(nn.Module):
@@ -84,7 +84,7 @@ class EnsembleSequential(nn.Sequential):
         :return: shape ``(n_members, batch_size, out_features)``
         """
         multiplications = x.shape[1] * self.max_n_weights
-        if multiplications >= MIN_MULTIPLICATIONS * th.get_num_threads() and takes_onednn(x, multiplications):
+        if multiplications >= MIN_MULTIPLICATIONS_PER_THREAD * th.get_num_threads() and takes_onednn(x, multiplications):
             return th.stack([network(rows) for network, rows in zip(unstack_modules(self, len(x)), x, strict=True)])
         for layer in self:
             x = layer(x)

@@ -86,12 +86,10 @@ class Algorithm(NamedTuple):
 
     :param algorithm_class: the class
     :param sampler: lets an Optuna trial choose hyperparameters
-    :param converter: makes hyperparameters of the values of a stored trial
     """
 
     algorithm_class: type[OfflineToOnline]
     sampler: Callable[..., dict[str, Any]]
-    converter: Callable[..., dict[str, Any]] = dict
 
 
 # By the name for --algo, to which hyperparams/<name>.yml belongs and, for what depends on the dataset, <name>_datasets.yml
@@ -319,7 +317,8 @@ class TrainParser(argparse.ArgumentParser):
 for _name, _algorithm in ALGORITHMS.items():
     ALGOS[_name] = _algorithm.algorithm_class
     HYPERPARAMS_SAMPLER[_name] = _algorithm.sampler
-    HYPERPARAMS_CONVERTER[_name] = _algorithm.converter
+    # The samplers' values are hyperparameters as they are
+    HYPERPARAMS_CONVERTER[_name] = dict  # type: ignore[assignment]
 
 # RL Zoo has no hooks for the rest: these are the names that its modules look up
 vars(rl_zoo3.exp_manager).update(

@@ -721,6 +721,53 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"Rows of \(5, 1, 3\) float32 do not fit a buffer of \(4, 1, 3\)"):
             Off2OnSAC.load_checkpoint(tmp_path, Timed(), buffer_size=4)
 
+    def test_another_entropy_coefficient(self, tmp_path: Path, dataset: Any) -> None:
+        fixed = make(dataset=dataset, ent_coef=0.2, offline_ent_coef=0.2).learn_offline(gradient_steps=2)
+        fixed.save_checkpoint(tmp_path)
+        loaded = Off2OnSAC.load_checkpoint(tmp_path, Timed(), dataset, ent_coef=0.4)
+        assert loaded.ent_coef_tensor == pytest.approx(0.4)
+        loaded = Off2OnSAC.load_checkpoint(tmp_path, Timed(), dataset, ent_coef="auto_0.3", offline_ent_coef="auto")
+        assert loaded.log_ent_coef is not None
+        assert loaded.log_ent_coef.exp().item() == pytest.approx(0.3)
+        assert loaded.offline_log_ent_coef.tolist() == [0, 0]
+        loaded.learn_offline(gradient_steps=4)
+        assert 0 not in loaded.offline_log_ent_coef.tolist()
+        loaded.learn(2 * EPISODE)
+        assert loaded.log_ent_coef.exp().item() != pytest.approx(0.3, abs=1e-6)
+
+    def test_policy_kwargs_stay(self, tmp_path: Path) -> None:
+        """Their optimizers' settings would be those of the checkpoint."""
+        make(AWAC).save_checkpoint(tmp_path)
+        policy_kwargs = {**make(AWAC).policy_kwargs, "actor_weight_decay": 0.3}
+        with pytest.raises(ValueError, match=r"is of another model: `policy_kwargs` differs"):
+            AWAC.load_checkpoint(tmp_path, Timed(), policy_kwargs=policy_kwargs)
+
+    @pytest.mark.parametrize(("before", "after"), [("uniform", "balanced"), ("balanced", "online")])
+    @pytest.mark.parametrize("how", ["set_scheme", "argument"])
+    def test_another_scheme(self, tmp_path: Path, dataset: Any, before: str, after: str, how: str) -> None:
+        """Whether it changed before the checkpoint or with it."""
+        kwargs = {"scheme": before}
+        model = make(dataset=dataset, offline_gradient_steps=2, replay_buffer_kwargs=kwargs).learn(3 * EPISODE)
+        if how == "set_scheme":
+            model.replay_buffer.set_scheme(after)
+            if after == "balanced":
+                model.replay_buffer.update_priorities(np.arange(3), np.array([1.0, 2.0, 3.0]))
+        model.save_checkpoint(tmp_path)
+        changed: dict[str, Any] = {"replay_buffer_kwargs": {"scheme": after}} if how == "argument" else {}
+        loaded = Off2OnSAC.load_checkpoint(tmp_path, Timed(), dataset, **changed)
+        assert loaded.replay_buffer.scheme == after
+        if after == "balanced":
+            rows = np.arange(len(dataset) + 3 * EPISODE)
+            priorities = loaded.replay_buffer.priorities(rows)
+            if how == "set_scheme":
+                np.testing.assert_array_equal(priorities, model.replay_buffer.priorities(rows))
+            else:  # as at the hand-over, where they are reset
+                assert set(priorities[: len(dataset)]) == {1.0}
+                assert set(priorities[len(dataset) :]) == {loaded.replay_buffer.default_priority}
+                assert loaded.replay_buffer.default_priority > 1
+        loaded.learn(5 * EPISODE)
+        assert loaded.replay_buffer.n_online == 5 * EPISODE
+
     @pytest.mark.parametrize(
         ("other", "message"),
         [

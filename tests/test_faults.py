@@ -209,6 +209,7 @@ class TestUpdates:
             model.learn_offline(gradient_steps=1)
         assert_same(before, state_of(model))
         assert not model.pretrained
+        assert model.num_timesteps == model._n_offline_updates == 1  # of both counters, or of none
 
     @pytest.mark.parametrize("cls", ALGORITHMS)
     @pytest.mark.parametrize("phase", ["offline", "online"])

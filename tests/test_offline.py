@@ -30,6 +30,7 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
@@ -157,12 +158,40 @@ class TestFirstUpdate:
 
     @pytest.mark.parametrize("how", ["offline", "members"])
     def test_no_warm_up(self, monkeypatch: pytest.MonkeyPatch, dataset: Any, how: str) -> None:
-        """With ``learning_starts=0`` there is no first update."""
+        """With ``learning_starts=0``, the first update is as many times longer than others (here twice)."""
         model = small_model(dataset=dataset, learning_starts=0, train_freq=3, gradient_steps=2)
         pretrain(model, how)
         calls = train_calls(monkeypatch, model)
         model.learn(6)
-        assert calls == [(3, 2), (6, 2)]
+        assert calls == [(3, 4), (6, 2)]
+
+    def test_interrupted(self, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> None:
+        """The updates that were made are not made again."""
+        model = small_model(dataset=dataset)
+        pretrain(model, "offline")
+        sample, left = model.replay_buffer.sample, [5]
+
+        def interrupted_sample(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return sample(*args, **kwargs)
+
+        with monkeypatch.context() as context:
+            context.setattr(model.replay_buffer, "sample", interrupted_sample)
+            with pytest.raises(KeyboardInterrupt):
+                model.learn(10)
+        assert (model.num_timesteps - model._n_offline_updates, model._n_updates) == (4, 5)
+        model.learn(2, reset_num_timesteps=False)
+        assert model._n_updates == 5 + 2
+
+    def test_environment_is_reset_once(self, dataset: Any) -> None:
+        """When it is needed: an offline phase is hours, and a reset can be a motion of a robot."""
+        env = Monitor(gym.make("Pendulum-v1"), allow_early_resets=False)
+        model = small_model(env, dataset=dataset)
+        model.learn_offline(gradient_steps=2)
+        assert env.needs_reset
+        model.learn(6)
 
     @pytest.mark.parametrize("how", ["offline", "members"])
     def test_no_training_with_gradient_steps_0(self, monkeypatch: pytest.MonkeyPatch, dataset: Any, how: str) -> None:
@@ -731,7 +760,7 @@ class TestConfigurations:
             assert (batch.observations.abs() < 9).float().mean() > 0.9
             assert (batch.rewards.abs() < 9).float().mean() > 0.9
 
-    @pytest.mark.parametrize("n_resets", [0, 1])
+    @pytest.mark.parametrize("n_resets", [0, 1, 3])
     @pytest.mark.parametrize(("n_envs", "training"), [(1, True), (3, True), (1, False)])
     def test_vec_normalize_takes_the_statistics_of_the_dataset(self, n_envs: int, training: bool, n_resets: int) -> None:
         env = VecNormalize(tiny_envs(n_envs), gamma=0.99, training=training)
@@ -745,12 +774,12 @@ class TestConfigurations:
 
     def test_vec_normalize_keeps_statistics_of_its_own(self) -> None:
         env = VecNormalize(tiny_envs())
-        for _ in range(3):
-            env.reset()
+        env.reset()
+        env.step(np.zeros((env.num_envs, 2)))
         statistics: Any = env.obs_rms
-        count = statistics.count
+        count, returns_count = statistics.count, env.ret_rms.count
         small_model(env, dataset=make_dataset(env=TinyEnv()))
-        assert statistics.count == count
+        assert (statistics.count, env.ret_rms.count) == (count, returns_count)
 
     def test_without_dataset(self) -> None:
         model = small_model()
@@ -957,12 +986,16 @@ class TestErrors:
 
     def test_new_members_start_afresh(self, dataset: Any) -> None:
         """Moments of the optimizers and the entropy coefficient belong to the parameters that were there before."""
-        model = small_model(dataset=dataset)
+        model = small_model(dataset=dataset, cql_target_action_gap=1.0)
         model.learn_offline(gradient_steps=3)
-        assert model.offline_log_ent_coef[0].item() != 0.0
+        coefficients = model.offline_log_ent_coef, model.log_cql_lagrange
+        before = [values[1].item() for values in coefficients]
+        assert all(values[0].item() != 0.0 for values in coefficients)
         model.set_member(0, model.get_member(0))
-        assert model.offline_log_ent_coef[0].item() == 0.0
-        assert not any(network.optimizer.state for network in (model.actor, model.critic))
+        assert [values.tolist() for values in coefficients] == [[0.0, value] for value in before]
+        of_networks = model.actor.optimizer, model.critic.optimizer
+        of_coefficients = model.offline_ent_coef_optimizer, model.cql_lagrange_optimizer
+        assert not any(optimizer.state for optimizer in (*of_networks, *of_coefficients))
 
     def test_policy_class(self) -> None:
         class OwnPolicy(SACPolicy):

@@ -22,7 +22,7 @@ needs_onednn = pytest.mark.skipif(
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products go the way of large ones."""
     monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", 0)
 
 
 class TestLinear:
@@ -131,9 +131,9 @@ class TestOneByOne:
             output = stacked(x)
             return output, *th.autograd.grad(output.square().sum(), inputs)
 
-        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS", math.inf)
+        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", math.inf)
         expected = run()
-        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS", 0)
+        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", 0)
         monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
         calls = []
 
@@ -152,7 +152,7 @@ class TestOneByOne:
         monkeypatch.setattr(stacking, "takes_onednn", lambda *_: calls.append(1))
         monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
         stacked = stack_modules([nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)) for _ in range(2)])
-        enough = n_threads * stacking.MIN_MULTIPLICATIONS // (8 * 64)
+        enough = n_threads * stacking.MIN_MULTIPLICATIONS_PER_THREAD // (8 * 64)
         with th.no_grad():
             stacked(th.zeros(2, enough - 1, 8))
             assert not calls

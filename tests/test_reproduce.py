@@ -283,6 +283,10 @@ class TestCommand:
         shutil.rmtree(tmp_path / TASK / "pretrained")
         reproduce("fig4a", data, tmp_path, "--seeds", "1")
         assert done == []
+        for _ in range(2):  # those of CQL, which those of FQE were made of
+            reproduce("fig1c", data, tmp_path, "--seeds", "1")
+            shutil.rmtree(tmp_path / TASK / "pretrained", ignore_errors=True)
+            assert done == ["pretrained/cql_seed_0", "off2on_n1/seed_0", "pretrained/fqe_seed_0", "fqe_init_n1/seed_0"]
 
     def test_processes(self, data: str, tmp_path: Path) -> None:
         """Side by side; one that fails takes with it those that need it. Slow, as each process imports PyTorch."""

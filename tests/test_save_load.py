@@ -276,8 +276,10 @@ class TestGoingOn:
         count = statistics.count
         loaded.set_dataset(dataset)
         assert statistics.count == count  # the dataset does not count twice
+        # Without its rows, it collects as many as before its first update
         loaded.learn(2, reset_num_timesteps=False)
-        assert loaded._n_updates == 8 + 1 + 2
+        assert loaded.replay_buffer.n_online == loaded.learning_starts == 4
+        assert loaded._n_updates == 8 + 1 + 1
 
 
 class TestArguments:
@@ -334,6 +336,25 @@ class TestArguments:
         with pytest.raises(TypeError, match=r"`ent_coef='?0\.1'?` is fixed, but the entropy .* is learned: give 'auto'"):
             saved_and_loaded(model, tmp_path, ent_coef=ent_coef)
         assert saved_and_loaded(model, tmp_path, ent_coef="auto_0.1").ent_coef == "auto_0.1"
+
+    @pytest.mark.parametrize("moment", ["offline", "online"])
+    def test_a_fixed_entropy_coefficient_can_be_another(self, dataset: Any, tmp_path: Path, moment: str) -> None:
+        model = model_at(moment, dataset, ent_coef=0.2)
+        loaded = saved_and_loaded(model, tmp_path, ent_coef=0.01, dataset=dataset)
+        assert loaded.ent_coef_tensor == pytest.approx(0.01)
+        loaded.learn(6)
+        assert loaded.ent_coef_tensor == pytest.approx(0.01)
+        learned = saved_and_loaded(model, tmp_path, ent_coef="auto_0.3", dataset=dataset)
+        assert learned.log_ent_coef is not None
+        assert learned.log_ent_coef.exp().item() == pytest.approx(0.3)
+        learned.learn(6)
+        assert learned.log_ent_coef.exp().item() != pytest.approx(0.3, abs=1e-6)
+
+    def test_another_learning_rate_of_the_density_ratio(self, dataset: Any, tmp_path: Path) -> None:
+        kwargs = {"net_arch": [16], "learning_rate": 1e-2}
+        loaded = saved_and_loaded(model_at("online", dataset), tmp_path, density_ratio_kwargs=kwargs)
+        assert loaded.density_ratio is not None
+        assert loaded.density_ratio.optimizer.param_groups[0]["lr"] == 1e-2
 
     def test_other_arguments(self, dataset: Any, tmp_path: Path) -> None:
         model = model_at("offline", dataset)

@@ -173,10 +173,11 @@ def main(argv: Sequence[str], prog: str = "sb3-off2on reproduce") -> None:
                 jobs = list(make_jobs(args, task, SYSTEMS[name], name, seed))
                 planned.update((job.folder, job) for job in jobs)
                 by_system.setdefault(SYSTEMS[name].label, []).append(jobs[-1])
-    todo = [job for job in planned.values() if not job.is_finished()]
-    # Not agents that only finished runs started with
-    needed = {job.after for job in todo}
-    todo = [job for job in todo if "pretraining" not in job.settings or job.folder in needed]
+    todo: list[Job] = []
+    for job in reversed(planned.values()):  # each comes after the one whose agents it starts with
+        is_needed = "pretraining" not in job.settings or job.folder in {later.after for later in todo}
+        if is_needed and not job.is_finished():
+            todo.insert(0, job)
     print(f"{len(planned)} jobs in {args.out}, {len(planned) - len(todo)} of them done")
     try:
         failed = run_all(todo, args.jobs)

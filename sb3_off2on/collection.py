@@ -51,13 +51,15 @@ def collect_dataset(
     :param seed: of the environment, the action space and, as in SB3, of Python's, NumPy's and PyTorch's global generators
     :param progress_bar: show one
     :param minari_kwargs: for ``minari.create_dataset_from_buffers``: ``author``, ``algorithm_name``, ``description``, ...
-    :raises ValueError: if the dataset exists or has no proper id, the environment is vectorised or has unsupported spaces,
-        or ``n_steps`` is not positive
+    :raises ValueError: if the dataset exists or has no proper id, the model cannot play, the environment is vectorised or has
+        unsupported spaces, or ``n_steps`` is not positive
     """
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
     if not isinstance(env, (str, gym.Env)):
         raise ValueError(f"env must be an id or one gym.Env, got a {type(env).__name__}: episodes of a vectorised one mix.")
+    if model is not None and not hasattr(model, "predict"):
+        raise ValueError(f"model must have a method predict(), got {model!r}: load a saved one first, e.g. with SAC.load().")
     check_new_id(dataset_id)
     one_env = gym.make(env) if isinstance(env, str) else env
     check_spaces(one_env.observation_space, one_env.action_space, str(one_env))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -458,8 +459,8 @@ def load_dataset(
     except FileNotFoundError:
         known = ", ".join(list(minari.list_local_datasets())[:5]) or "none"
         raise ValueError(
-            f"No Minari dataset {name!r} in {get_dataset_path()} (there are: {known}). Download it with download=True or "
-            f"`minari download {name}`. Apart from an id, a source is {_SOURCES}."
+            f"No Minari dataset {name!r} in {get_dataset_path()} (there are: {known}). Download it with "
+            f"`load_dataset({name!r}, download=True)` or `minari download {name}`. Apart from an id, a source is {_SOURCES}."
         ) from None
     with _errors_name(name):
         return _from_minari(dataset, name, memory_map)
@@ -544,7 +545,8 @@ def _from_file(path: Path, allow_pickle: bool) -> OfflineDataset:
         raise ValueError(f"Cannot load a dataset from the file {path}. A source is {_SOURCES}.")
     if not allow_pickle:
         raise ValueError(
-            f"{path} is a pickle, and loading one can run any code. If you trust the file, allow it with allow_pickle=True."
+            f"{path} is a pickle, and loading one can run any code. If you trust the file, use what "
+            f"`load_dataset({str(path)!r}, allow_pickle=True)` returns."
         )
     buffer = load_from_pkl(path)
     if not isinstance(buffer, ReplayBuffer):
@@ -628,8 +630,8 @@ def _from_fields(arrays: Mapping[str, Any], source: str, present: Iterable[str] 
     observations, actions = map_arrays(np.asanyarray, fields["observations"]), np.asanyarray(fields["actions"])
     if "action_space" not in fields and (actions.ndim < 2 or actions.dtype.kind != "f"):
         raise ValueError(
-            f"{source}: actions of shape {actions.shape} and dtype {actions.dtype} are not continuous, "
-            "expected floats of shape (n, *action_shape)."
+            f"{source}: actions have shape {actions.shape} and dtype {actions.dtype}, expected floats of shape "
+            "(n, *action_shape), (n, 1) where an action is a single number."
         )
     if any(np.ndim(part) == 0 for part in _parts(observations)):
         raise ValueError(f"{source}: observations are a single value, expected shape (n, *obs_shape).")
@@ -655,6 +657,11 @@ def _from_fields(arrays: Mapping[str, Any], source: str, present: Iterable[str] 
         source=source,
     )
     if "next_observations" not in fields:
+        if "truncations" not in fields and not dataset.terminations.any():
+            warnings.warn(
+                f"{source}: nothing tells where episodes end, so all {len(rows)} rows are taken for one. If they are not, add "
+                "`truncations` or `next_observations`"
+            )
         return _with_next_rows(dataset)
     return _with_next_observations(dataset, fields["next_observations"], "truncations" not in fields)
 

@@ -33,6 +33,8 @@ SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
 # What trains, in the order in which it is called
 CALLS = ("learn_offline", "fit_fqe", "learn")
+# 1000 epochs of 1000 updates in the authors' code
+PUBLISHED_OFFLINE_STEPS = 1_000_000
 # Optimizers divide by small numbers: much larger ones overflow in float32
 MAX_LEARNING_RATE = 1e6
 # Online updates between two looks at the progress bar
@@ -295,7 +297,7 @@ class OfflineToOnline(Resumable, Guarded):
         if self.dataset_info is not None and self.dataset_info["fingerprint"] != info["fingerprint"]:
             raise ValueError(
                 f"`dataset` is not the one this model was trained with: got {info}, expected {self.dataset_info}. "
-                "Load that one, or start a new model"
+                "Load that one, or start a new model, whose members can be those of this one (`set_member`, `get_member`)"
             )
         self._attach_dataset(dataset)
         self.dataset, self.dataset_info = dataset, info
@@ -377,6 +379,8 @@ class OfflineToOnline(Resumable, Guarded):
         env.ret_rms.update(np.array(returns))
 
     def _prepare_dataset(self) -> None:
+        if self.env is None:
+            raise ValueError("The model has no environment: pass `env` to load(), or call `model.set_env(...)`")
         assert self.replay_buffer is not None
         if self.offline_gradient_steps > 0 and self.dataset_info is None and not self.pretrained:
             raise ValueError(
@@ -423,7 +427,7 @@ class OfflineToOnline(Resumable, Guarded):
         env: GymEnv | str | None = None,
         *,
         policy: str | type[BasePolicy] | None = None,
-        offline_gradient_steps: int = 1_000_000,
+        offline_gradient_steps: int = PUBLISHED_OFFLINE_STEPS,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
         progress_bar: bool = False,
@@ -445,6 +449,11 @@ class OfflineToOnline(Resumable, Guarded):
         :return: the trained model
         :raises ValueError: if the dataset cannot be loaded or does not fit the environment
         """
+        if kwargs.get("gradient_steps", -1) > 0 and offline_gradient_steps == PUBLISHED_OFFLINE_STEPS:
+            warnings.warn(
+                f"`gradient_steps={kwargs['gradient_steps']}` is the number of online updates after each rollout, as in SB3. "
+                f"Updates from the dataset are `offline_gradient_steps`, here {offline_gradient_steps}"
+            )
         dataset = load_dataset(dataset, download=download)
         if env is None:
             env = dataset.make_env()
@@ -454,7 +463,7 @@ class OfflineToOnline(Resumable, Guarded):
     def learn_offline(
         self: SelfOfflineToOnline,
         dataset: Any = None,
-        gradient_steps: int = 1_000_000,
+        gradient_steps: int = PUBLISHED_OFFLINE_STEPS,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
         progress_bar: bool = False,
@@ -498,8 +507,6 @@ class OfflineToOnline(Resumable, Guarded):
             raise ValueError(f"`gradient_steps` must be an integer of at least 1, got {gradient_steps}")
         if log_interval is not None and log_interval < 1:
             raise ValueError(f"`log_interval` must be at least 1, got {log_interval}: use None for no logs")
-        if self.env is None:
-            raise ValueError("The model has no environment, whose wrappers the data goes through: pass `env` to load()")
         if dataset is not None:
             self.set_dataset(dataset)
         self._prepare_dataset()
@@ -608,6 +615,12 @@ class OfflineToOnline(Resumable, Guarded):
                 ):
                     return self
             if not self._handed_over:
+                assert self.replay_buffer is not None
+                if self.dataset is not None and not self.pretrained and self.replay_buffer.scheme == "balanced":
+                    warnings.warn(
+                        "Nothing was pretrained, as `offline_gradient_steps` is 0: the dataset only serves the replay. To "
+                        "learn from it first, set that number or call `learn_offline()`"
+                    )
                 self._hand_over()
                 self._handed_over, self._n_first_steps = True, 0
                 # Straight after an offline phase the counter and the logger go on; a later reset goes back to its end

@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -257,7 +258,15 @@ class OfflineToOnlineExperimentManager(ExperimentManager):
             if hyperparams.get("dataset") is not None:
                 # Before there is a log folder, and once for all trials of a search
                 hyperparams["dataset"] = load_dataset(hyperparams["dataset"])
-        return super()._preprocess_hyperparams(hyperparams)
+        preprocessed = super()._preprocess_hyperparams(hyperparams)
+        if self.has_offline_phase:
+            # What RL Zoo leaves is for the constructor. Now there is no log folder yet, which later runs would find empty
+            unknown = sorted(preprocessed[0].keys() - signature(ALGOS[self.algo]).parameters.keys())
+            if unknown:
+                raise ValueError(
+                    f"`--algo {self.algo}` has no hyperparameter {', '.join(unknown)}: see `{ALGOS[self.algo].__name__}`"
+                )
+        return preprocessed
 
     def learn(self, model: BaseAlgorithm) -> None:
         """

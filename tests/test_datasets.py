@@ -369,6 +369,15 @@ def test_d4rl_without_next_observations_by_hand(tmp_path):
     assert dataset.env_spec.id == "Walker2d-v5"
 
 
+def test_nothing_tells_where_episodes_end():
+    arrays = make_arrays(make_rows([(5, False, False)]))
+    for name in ("truncations", "next_observations"):
+        del arrays[name]
+    with pytest.warns(UserWarning, match=r"arrays: nothing tells where episodes end, so all 5 rows are taken for one"):
+        dataset = load_dataset(arrays)
+    assert dataset.episode_lengths.tolist() == [4]  # the last row has no next one
+
+
 def test_d4rl_without_timeouts(tmp_path):
     rows = [row._replace(truncated=False) for row in make_rows()]
     # With next observations the breaks are seen ...
@@ -624,8 +633,11 @@ def test_bad_values(field, row, value, match):
         ({"terminations": np.zeros(13)}, r"terminations have shape \(13,\), expected \(14,\)"),
         ({"truncations": np.zeros((14, 1, 1))}, r"truncations have shape \(14, 1, 1\)"),
         ({"actions": np.zeros((13, 1))}, r"actions have shape \(13, 1\), expected \(14, 1\)"),
-        ({"actions": np.zeros((14, 1), int)}, r"actions of shape \(14, 1\) and dtype int64 are not continuous"),
-        ({"actions": np.zeros(14)}, r"actions of shape \(14,\) .* expected floats of shape \(n, \*action_shape\)"),
+        ({"actions": np.zeros((14, 1), int)}, r"actions have shape \(14, 1\) and dtype int64, expected floats"),
+        (
+            {"actions": np.zeros(14)},
+            r"actions have shape \(14,\) .* expected floats of shape \(n, \*action_shape\), \(n, 1\) where",
+        ),
         ({"action_space": spaces.Discrete(4)}, r"action space Discrete\(4\) is not a Box"),
         ({"action_space": spaces.Box(0, np.inf, (1,))}, r"action space .* is unbounded"),
         ({"observation_space": spaces.Discrete(4)}, r"observation space Discrete\(4\) is neither a Box"),
@@ -965,8 +977,8 @@ def test_collect_errors():
         collect_dataset(None, NamedSteps(), 5, "no-version")
     with pytest.raises(ValueError, match=r"action space Discrete\(2\) is not a Box"):
         collect_dataset(None, "CartPole-v1", 5, "a-v0")
-    with pytest.raises(AttributeError, match="predict"):
-        collect_dataset("no policy", NamedSteps(), 5, "a-v0")
+    with pytest.raises(ValueError, match=r"model must have a method predict\(\), got 'model.zip': load a saved one first"):
+        collect_dataset("model.zip", NamedSteps(), 5, "a-v0")
     collect_dataset(None, NamedSteps(), 5, "a-v0")  # nothing was left behind
     with pytest.raises(ValueError, match=r"'a-v0' exists. .*minari.delete_dataset\('a-v0'\)"):
         collect_dataset(None, NamedSteps(), 5, "a-v0")

@@ -237,7 +237,10 @@ class TestFirstUpdate:
         model = small_model(dataset=dataset)
         calls = train_calls(monkeypatch, model)
         random_actions = spy(monkeypatch, model.action_space, "sample")
-        model.learn(7)
+        with pytest.warns(
+            UserWarning, match="Nothing was pretrained, as `offline_gradient_steps` is 0: the dataset only serves"
+        ):
+            model.learn(7)
         assert calls == [(4, 1), (5, 1), (6, 1), (7, 1)]
         assert len(random_actions) == 4
         assert model.num_timesteps == 7
@@ -1007,6 +1010,16 @@ class TestErrors:
     def test_nan(self) -> None:
         with pytest.raises(ValueError, match="`cql_alpha` must be at least 0, got nan"):
             small_model(cql_alpha=float("nan"))
+
+    def test_gradient_steps_are_not_those_of_the_offline_phase(self) -> None:
+        dataset = make_dataset(env=TinyEnv())
+        with (
+            pytest.warns(
+                UserWarning, match=r"`gradient_steps=5` .* after each rollout.* `offline_gradient_steps`, here 1000000"
+            ),
+            pytest.raises(ValueError, match="does not name its environment"),
+        ):
+            Off2OnSAC.pretrain_offline(dataset, gradient_steps=5)
 
     def test_dataset_without_environment(self) -> None:
         with pytest.raises(ValueError, match="does not name its environment: make it yourself and pass it as env"):

@@ -759,8 +759,9 @@ class TestOrder:
 
     def test_no_environment(self, dataset: OfflineDataset, tmp_path: Path) -> None:
         small_model(TinyEnv()).save(tmp_path / "model")
-        with pytest.raises(ValueError, match=r"The model has no environment, .*: pass `env` to load\(\)"):
-            Off2OnSAC.load(tmp_path / "model").learn_offline(dataset, gradient_steps=1)
+        for train in (lambda model: model.learn(1), lambda model: model.learn_offline(gradient_steps=1)):
+            with pytest.raises(ValueError, match=r"The model has no environment: pass `env` to load\(\)"):
+                train(Off2OnSAC.load(tmp_path / "model", dataset=dataset))
 
     def test_logger_can_be_closed(self, dataset: OfflineDataset, tmp_path: Path) -> None:
         model = small_model(TinyEnv(), dataset=dataset)

@@ -183,6 +183,8 @@ def test_mistakes_with_the_dataset(tmp_path: Path) -> None:
         make_manager(tmp_path, optimize_hyperparameters=True, n_evaluations=1).setup_experiment()
     with pytest.raises(ValueError, match="No Minari dataset 'pendulum/unknown-v0'"):
         make_manager(tmp_path, dataset=["pendulum/unknown-v0"]).setup_experiment()
+    with pytest.raises(ValueError, match=r"`--algo off2on_sac` has no hyperparameter offline_gradientsteps: see `Off2OnSAC`"):
+        make_manager(tmp_path, dataset=[DATASET], hyperparams=small_params(offline_gradientsteps=3)).setup_experiment()
     assert not (tmp_path / "logs").exists()
 
 

@@ -33,7 +33,7 @@ SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnline")
 
 # What trains, in the order in which it is called
 CALLS = ("learn_offline", "fit_fqe", "learn")
-# 1000 epochs of 1000 updates in the authors' code
+# The paper's 1000 epochs of 1000 updates
 PUBLISHED_OFFLINE_STEPS = 1_000_000
 # Optimizers divide by small numbers: much larger ones overflow in float32
 MAX_LEARNING_RATE = 1e6

@@ -1,5 +1,6 @@
 """The command line: the commands of the documentation, in their order, and what a user does wrong."""
 
+import importlib
 import itertools
 import re
 import runpy
@@ -67,6 +68,13 @@ HYPERPARAMS = {
 }
 
 
+MY_ENVS = """
+import gymnasium
+
+gymnasium.register("MyRobot-v0", "test_cli:DrawnEnv")
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder to work in, with local datasets and hyperparameters of seconds."""
@@ -81,6 +89,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "hyperparams").mkdir()
         (folder / "hyperparams" / "off2on_sac.yml").write_text(yaml.safe_dump(HYPERPARAMS))
         monkeypatch.setattr(zoo, "HYPERPARAMS_FOLDER", folder / "hyperparams")
+        # The environment and the file of one's own in the documentation
+        (folder / "my_envs.py").write_text(MY_ENVS)
+        monkeypatch.syspath_prepend(str(folder))
+        importlib.import_module("my_envs")
+        collect_dataset(None, "MyRobot-v0", n_steps=60, dataset_id="my-robot/log-v0", seed=0)
+        (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/zoo.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+        robot = yaml.safe_load(block)
+        robot["MyRobot-v0"].update(HYPERPARAMS["default"])
+        (folder / "robot.yml").write_text(yaml.safe_dump(robot))
         yield folder
 
 
@@ -138,6 +155,12 @@ def test_train(outputs: dict[str, str]) -> None:
     assert Off2OnSAC.load(RUN / f"{ENV_ID}.zip").num_timesteps == 40
     config = yaml.load((RUN / ENV_ID / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
     assert config["dataset"] == DATASET
+
+
+def test_own_environment(outputs: dict[str, str]) -> None:
+    (run,) = RUN.parent.glob("MyRobot-v0_*")
+    model = Off2OnSAC.load(run / "MyRobot-v0.zip")
+    assert (model.num_timesteps, model.lr_schedule(1), model.ent_coef) == (40, 3e-5, "auto_0.1")
 
 
 def test_resume(outputs: dict[str, str]) -> None:

@@ -47,10 +47,15 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
-def _product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
     """
-    :return: ``x @ y.T + bias``. ``y`` may be transposed, but not part of wider rows: for these, oneDNN has plain loops only,
-        which take a thousand times as long
+    A product by oneDNN, without gradient. The factors may be transposed, but ``y`` must not be part of wider rows: for these,
+    oneDNN has plain loops only, which take a thousand times as long.
+
+    :param x: shape ``(n, features)``
+    :param y: shape ``(m, features)``
+    :param bias: shape ``(m,)``
+    :return: ``x @ y.T + bias``, shape ``(n, m)``
     """
     assert _ONEDNN_LINEAR is not None
     return _ONEDNN_LINEAR(x, y, bias, "none", [], "")
@@ -63,13 +68,13 @@ class _OneDNNLinear(th.autograd.Function):
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        grad_weight = _product(grad.T, x.T) if ctx.needs_input_grad[1] else None
+        grad_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad.T, x.T) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias

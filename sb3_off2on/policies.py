@@ -158,6 +158,15 @@ class EnsembleActor(Actor):
         mean_actions, log_std = moment_matching(*self.member_action_dist_params(obs))
         return mean_actions, log_std, {}
 
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if not deterministic:
+            return super().forward(obs)
+        features = member_features(self, obs, self.ensemble_size, per_member=False)
+        mean_actions = self.mu(self.latent_pi(features)).mean(dim=0)
+        # The mode of a Gaussian does not depend on its standard deviation: any will do
+        log_std = th.zeros_like(mean_actions)
+        return self.action_dist.actions_from_params(mean_actions, log_std, deterministic=True)  # type: ignore[call-arg]
+
     def member_state(self, index: int) -> dict[str, th.Tensor]:
         """
         :param index: which member

@@ -14,11 +14,13 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.onednn import linear, takes_onednn
+from sb3_off2on.onednn import linear, product, takes_onednn
 
 # Multiplications of a layer, for each thread, from which N networks one by one take less time than a batched product, in which
 # every thread has networks of its own
 MIN_MULTIPLICATIONS_PER_THREAD = 7 * 2**20
+# Rows of a batch from which, on a CPU, the weights are the better first factor; for fewer, they are far worse
+MIN_ROWS_WEIGHTS_FIRST = 16
 
 
 class EnsembleLayer(nn.Module):
@@ -46,8 +48,16 @@ class EnsembleLinear(EnsembleLayer):
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        # In place, where baddbmm() would copy the bias to every row first
-        return th.bmm(x, self.weight.transpose(1, 2)).add_(self.bias.unsqueeze(1))
+        if th.is_grad_enabled() or x.device.type != "cpu" or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
+            # In place, where baddbmm() would copy the bias to every row first
+            return th.bmm(x, self.weight.transpose(1, 2)).add_(self.bias.unsqueeze(1))
+        # Weights times observations, for predictions: the outputs lie transposed
+        if takes_onednn(x, x.shape[1] * self.weight[0].numel()):
+            x = x if x.transpose(1, 2).is_contiguous() else x.contiguous()
+            y = th.stack([product(weight, rows) for weight, rows in zip(self.weight, x, strict=True)])
+        else:
+            y = th.bmm(self.weight, x.transpose(1, 2))
+        return y.transpose(1, 2).add_(self.bias.unsqueeze(1))
 
 
 class EnsembleLayerNorm(EnsembleLayer):

@@ -1,9 +1,11 @@
 """Linear layers by oneDNN beside PyTorch's own, and networks one by one beside the batched product."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -69,13 +71,13 @@ class TestLinear:
     def test_rows_of_a_wider_tensor(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As the features of several members in one tensor: oneDNN gets what it has fast code for."""
         dense = []
-        product = onednn._product
+        onednn_linear: Any = onednn._ONEDNN_LINEAR
 
-        def recording_product(x: th.Tensor, y: th.Tensor, *bias: th.Tensor) -> th.Tensor:
+        def recording_linear(x: th.Tensor, y: th.Tensor, *args: Any) -> th.Tensor:
             dense.append(y.is_contiguous() or y.T.is_contiguous())
-            return product(x, y, *bias)
+            return onednn_linear(x, y, *args)
 
-        monkeypatch.setattr(onednn, "_product", recording_product)
+        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", recording_linear)
         inputs = [th.randn(16, 24, requires_grad=True), th.randn(4, 8, requires_grad=True), th.randn(4)]
         output, expected = (f(inputs[0][:, 8:16], *inputs[1:]) for f in (linear, nn.functional.linear))
         assert_close(output, expected)
@@ -107,6 +109,40 @@ class TestLinear:
         output = linear(*inputs)
         assert output.grad_fn is not None
         assert "OneDNN" not in output.grad_fn.name()
+
+
+class TestWithoutGradient:
+    """Weights times observations: the layer of a prediction for several environments."""
+
+    ROWS = stacking.MIN_ROWS_WEIGHTS_FIRST
+    INPUTS: ClassVar[dict[str, Callable[[], th.Tensor]]] = {
+        "rows": lambda: th.randn(3, TestWithoutGradient.ROWS, 8),
+        "transposed": lambda: th.randn(3, 8, TestWithoutGradient.ROWS).transpose(1, 2),
+        "same-for-all": lambda: th.randn(TestWithoutGradient.ROWS, 8).expand(3, -1, -1),
+        "wider-rows": lambda: th.randn(3, TestWithoutGradient.ROWS, 24)[..., 8:16],
+        "fewer": lambda: th.randn(3, TestWithoutGradient.ROWS - 1, 8),
+    }
+
+    @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+    @pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
+    def test_is_the_layer(self, monkeypatch: pytest.MonkeyPatch, x: Callable[[], th.Tensor], by_onednn: bool) -> None:
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0 if by_onednn else math.inf)
+        dense = []
+        onednn_linear: Any = onednn._ONEDNN_LINEAR
+
+        def recording_linear(x: th.Tensor, y: th.Tensor, *args: Any) -> th.Tensor:
+            dense.append(y.is_contiguous() or y.T.is_contiguous())
+            return onednn_linear(x, y, *args)
+
+        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", recording_linear)
+        layers = [nn.Linear(8, 5) for _ in range(3)]
+        observations = x()
+        with th.no_grad():
+            output = stack_modules(layers)(observations)
+        weight, bias = (np.stack([getattr(layer, name).detach().numpy() for layer in layers]) for name in ("weight", "bias"))
+        expected = np.einsum("nri,noi->nro", observations.numpy(), weight) + bias[:, None]
+        assert_close(output, th.as_tensor(expected))
+        assert dense == ([True] * 3 if by_onednn and observations.shape[1] >= self.ROWS else [])
 
 
 NETWORKS: dict[str, Any] = {
@@ -153,11 +189,10 @@ class TestOneByOne:
         monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
         stacked = stack_modules([nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)) for _ in range(2)])
         enough = n_threads * stacking.MIN_MULTIPLICATIONS_PER_THREAD // (8 * 64)
-        with th.no_grad():
-            stacked(th.zeros(2, enough - 1, 8))
-            assert not calls
-            stacked(th.zeros(2, enough, 8))
-            assert calls
+        stacked(th.zeros(2, enough - 1, 8))
+        assert not calls
+        stacked(th.zeros(2, enough, 8))
+        assert calls
 
     def test_a_network_without_linear_layers(self) -> None:
         assert stack_modules([nn.Sequential(nn.Flatten())] * 2)(th.ones(2, 3, 4)).shape[0] == 2

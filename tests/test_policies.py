@@ -494,6 +494,17 @@ class TestActing:
         assert actions.shape == (5, ACTION_DIM)
         assert ((actions >= ACTION_SPACE.low) & (actions <= ACTION_SPACE.high)).all()
 
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_no_action_of_parameters_that_are_nan(self, monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+        """As with SB3's ``SAC``: a robot gets an error, and not the NaN."""
+        # th.compile() in another test turns these checks off, for the whole process
+        monkeypatch.setattr(th.distributions.Distribution, "_validate_args", True)
+        ensemble = make_ensemble()
+        with th.no_grad():
+            dict(ensemble.actor.named_parameters())["mu.bias"][0, 0] = th.nan
+        with pytest.raises(ValueError, match="Expected parameter loc"):
+            ensemble.predict(VECTOR_SPACE.sample(), deterministic=deterministic)
+
     def test_actions_reach_the_bounds(self) -> None:
         ensemble = make_ensemble()
         for bias, bound in ((50.0, ACTION_SPACE.high), (-50.0, ACTION_SPACE.low)):

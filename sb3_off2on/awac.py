@@ -288,6 +288,7 @@ class AWAC(OfflineToOnline):
 
     def _check_arguments(self) -> None:
         self._check_at_least(offline_gradient_steps=0, offline_batch_size=1, first_update_multiplier=1)
+        self._check_integers("first_update_multiplier")
         self._check_number("awac_lambda")
         if not 0 < self.awac_lambda < math.inf:
             raise ValueError(f"`awac_lambda` must be above 0 and finite, got {self.awac_lambda}")

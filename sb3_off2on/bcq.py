@@ -20,6 +20,7 @@ from sb3_off2on.policies import (
     EnsembleCQLPolicy,
     EnsembleCritic,
     EnsembleMultiInputPolicy,
+    check_layers,
     member_features,
 )
 from sb3_off2on.stacking import EnsembleModule, stack_modules, trainable_parameters
@@ -235,8 +236,9 @@ class BCQPolicy(EnsembleCQLPolicy):
     ) -> None:
         if not 0 <= phi <= 2:
             raise ValueError(f"`phi` must be in [0, 2], got {phi}")
-        if not n_candidates >= 1:
-            raise ValueError(f"`n_candidates` must be at least 1, got {n_candidates}")
+        if not isinstance(n_candidates, int) or n_candidates < 1:
+            raise ValueError(f"`n_candidates` must be an integer of at least 1, got {n_candidates!r}")
+        check_layers("vae_net_arch", vae_net_arch)
         if not latent_clip > 0:
             raise ValueError(f"`latent_clip` must be above 0, got {latent_clip}")
         if kwargs.get("share_features_extractor", False):
@@ -477,6 +479,7 @@ class BCQ(OfflineToOnline):
 
     def _check_arguments(self) -> None:
         self._check_at_least(offline_gradient_steps=0, offline_batch_size=1, first_update_multiplier=1, n_target_actions=1)
+        self._check_integers("first_update_multiplier", "n_target_actions")
         self._check_number("bcq_lambda")
         if not 0 <= self.bcq_lambda <= 1:
             raise ValueError(f"`bcq_lambda` must be in [0, 1], got {self.bcq_lambda}")

@@ -17,6 +17,11 @@ _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 MIN_MULTIPLICATIONS = 2**22
 
 
+def is_traced() -> bool:
+    """:return: whether PyTorch compiles or exports what runs, for which it chooses the products itself"""
+    return th.compiler.is_compiling() or th.jit.is_tracing()
+
+
 def takes_onednn(x: th.Tensor, multiplications: int) -> bool:
     """
     :param x: the layer's input
@@ -24,12 +29,12 @@ def takes_onednn(x: th.Tensor, multiplications: int) -> bool:
     :return: whether ``linear`` leaves the product to oneDNN
     """
     return (
-        multiplications >= MIN_MULTIPLICATIONS
+        not is_traced()
+        and multiplications >= MIN_MULTIPLICATIONS
         and _IS_X86
         and _ONEDNN_LINEAR is not None
         and x.device.type == "cpu"
         and x.dtype == th.float32
-        and not th.compiler.is_compiling()
     )
 
 

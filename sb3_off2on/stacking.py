@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.onednn import linear, product, takes_onednn
+from sb3_off2on.onednn import is_traced, linear, product, takes_onednn
 
 # Multiplications of a layer, for each thread, from which N networks one by one take less time than a batched product, in which
 # every thread has networks of its own
@@ -48,7 +48,7 @@ class EnsembleLinear(EnsembleLayer):
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        if th.is_grad_enabled() or x.device.type != "cpu" or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
+        if th.is_grad_enabled() or x.device.type != "cpu" or is_traced() or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
             # In place, where baddbmm() would copy the bias to every row first
             return th.bmm(x, self.weight.transpose(1, 2)).add_(self.bias.unsqueeze(1))
         # Weights times observations, for predictions: the outputs lie transposed
@@ -94,7 +94,7 @@ class EnsembleSequential(nn.Sequential):
         :return: shape ``(n_members, batch_size, out_features)``
         """
         multiplications = x.shape[1] * self.max_n_weights
-        if multiplications >= MIN_MULTIPLICATIONS_PER_THREAD * th.get_num_threads() and takes_onednn(x, multiplications):
+        if takes_onednn(x, multiplications) and multiplications >= MIN_MULTIPLICATIONS_PER_THREAD * th.get_num_threads():
             return th.stack([network(rows) for network, rows in zip(unstack_modules(self, len(x)), x, strict=True)])
         for layer in self:
             x = layer(x)

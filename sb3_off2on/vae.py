@@ -67,8 +67,8 @@ class ConditionalVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.latent_dim = 2 * x_dim if latent_dim is None else latent_dim
-        if self.latent_dim < 1:
-            raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}")
+        if not isinstance(self.latent_dim, int) or self.latent_dim < 1:
+            raise ValueError(f"`latent_dim` must be an integer of at least 1, got {latent_dim!r}")
         if not decoder_std > 0:
             raise ValueError(f"`decoder_std` must be above 0, got {decoder_std}")
         self.decoder_std = decoder_std

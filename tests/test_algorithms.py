@@ -577,6 +577,7 @@ class TestArguments:
             ({"offline_batch_size": 0}, "`offline_batch_size` must be at least 1, got 0"),
             ({"offline_gradient_steps": -1}, "`offline_gradient_steps` must be at least 0, got -1"),
             ({"first_update_multiplier": 0}, "`first_update_multiplier` must be at least 1, got 0"),
+            ({"first_update_multiplier": 1.5}, "`first_update_multiplier` must be an integer, got 1.5"),
             ({"policy_kwargs": {"ensemble_size": 0}}, "`ensemble_size` must be an integer of at least 1, got 0"),
             ({"policy_kwargs": {"n_critics": 0}}, "`n_critics` must be an integer of at least 1, got 0"),
         ],

@@ -185,7 +185,13 @@ class TestOneByOne:
     @pytest.mark.parametrize("n_threads", [1, 2])
     def test_only_where_layers_are_large(self, monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
         calls: list[int] = []
-        monkeypatch.setattr(stacking, "takes_onednn", lambda *_: calls.append(1))
+
+        def recording_unstack(module: nn.Module, n_modules: int) -> Any:
+            calls.append(n_modules)
+            return unstack_modules(module, n_modules)
+
+        monkeypatch.setattr(stacking, "takes_onednn", lambda *_: True)
+        monkeypatch.setattr(stacking, "unstack_modules", recording_unstack)
         monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
         stacked = stack_modules([nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)) for _ in range(2)])
         enough = n_threads * stacking.MIN_MULTIPLICATIONS_PER_THREAD // (8 * 64)
@@ -196,6 +202,18 @@ class TestOneByOne:
 
     def test_a_network_without_linear_layers(self) -> None:
         assert stack_modules([nn.Sequential(nn.Flatten())] * 2)(th.ones(2, 3, 4)).shape[0] == 2
+
+    @pytest.mark.filterwarnings("ignore")  # of PyTorch: this tracer is deprecated
+    @pytest.mark.parametrize("rows", [8, 64])
+    def test_traced_code_has_the_batched_product(self, rows: int) -> None:
+        """Weights that oneDNN would take, and rows for which they would be the first factor."""
+        stacked = stack_modules([nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)) for _ in range(2)])
+        x = th.randn(2, rows, 256)
+        with th.no_grad():
+            expected = stacked(x)
+            assert_close(th.jit.trace(stacked, x)(x), expected)
+            exported = th.export.export(stacked, (x,), dynamic_shapes=({1: th.export.Dim("batch", max=4096)},))
+            assert_close(exported.module()(x), expected)
 
     @needs_onednn
     def test_compiled_code_has_the_batched_product(self) -> None:

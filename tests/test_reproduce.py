@@ -536,11 +536,17 @@ class TestAnalyses:
         infos = {"first": TaskInfo(5.0, 0.0, 10.0), "second": TaskInfo(7.0, 0.0, 100.0)}
         table = analyses.summary(by_dataset, infos)
         assert table["dataset"].tolist() == ["first", "second", "first + second"]
-        assert table["final"].tolist() == ["2.0 [1.0, 3.0]", "20.0 [10.0, 30.0]", "6.5 [5.5, 16.5]"]
+        assert table["final"].tolist() == ["2.0 [1.0, 3.0]", "20.0 [10.0, 30.0]", "-"]
         assert table["final, normalized"].tolist() == ["20.0 [10.0, 30.0]"] * 2 + ["20.0 [10.0, 30.0]"]
-        assert table["offline"].tolist() == ["0.0 [0.0, 0.0]"] * 3
-        assert table["behaviour"].tolist() == ["5.0", "7.0", "6.0"]
+        assert table["offline"].tolist() == ["0.0 [0.0, 0.0]"] * 2 + ["-"]
+        assert table["behaviour"].tolist() == ["5.0", "7.0", "-"]
         assert table["runs"].tolist() == ["2", "2", "4"]
+        # Without a dataset: both have the same runs
+        shared = analyses.summary({dataset: by_dataset["first"] for dataset in infos}, dict.fromkeys(infos, infos["first"]))
+        assert shared["runs"].tolist() == ["2", "2", "2"]
+        assert shared["final, normalized"].tolist() == ["20.0 [10.0, 30.0]"] * 3
+        one_unknown = analyses.summary(by_dataset, {**infos, "second": TaskInfo(7.0, None, None)})
+        assert one_unknown["dataset"].tolist() == ["first", "second"]
         unknown = analyses.summary({"first": by_dataset["first"]}, {"first": TaskInfo(5.0, None, None)})
         assert "final, normalized" not in unknown
         assert analyses.markdown_table(unknown).splitlines()[2].startswith("| first | A | 2 | 5.0 |")
@@ -620,6 +626,9 @@ class TestWrongUse:
             (["--ent-coef", "auto_0.0"], r"`--ent-coef` must be auto, or auto_ and a number above 0, got 'auto_0.0'"),
             (["--ent-coef", "0.1"], r"`--ent-coef` must be auto, or auto_ and a number above 0, got '0.1'"),
             (["--batch-size", "0"], r"`--batch-size` must be at least 1, got 0"),
+            (["--eval-freq", "50"], r"`--eval-freq` must be at most the number of online steps, 40, got 50"),
+            (["--online-steps", "20"], r"gives 20 online steps, but the first update only comes after 20"),
+            (["--dataset", "pendulum/random-v0"], r"in one folder, 'pendulum-random-v0': give each dataset once"),
             (["--ensemble-size", "1"], r"`--ensemble-size 1` is too small: 'Off2On, N=2' needs 2 agents"),
         ],
     )

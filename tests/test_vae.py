@@ -199,7 +199,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("kwargs", "match"),
         [
-            ({"latent_dim": 0}, "`latent_dim` must be at least 1, got 0"),
+            ({"latent_dim": 0}, "`latent_dim` must be an integer of at least 1, got 0"),
             ({"decoder_std": 0.0}, "`decoder_std` must be above 0, got 0.0"),
             ({"decoder_std": float("nan")}, "`decoder_std` must be above 0, got nan"),
         ],

@@ -258,34 +258,33 @@ class TaskInfo(NamedTuple):
 
 def summary(runs: Runs, infos: Mapping[str, TaskInfo]) -> pd.DataFrame:
     """
-    Returns of every system: interquartile means over the runs, and of all datasets together where there are several.
+    Returns of every system: interquartile means over the runs. Of several datasets together there are normalised scores only,
+    as returns of different tasks have different units.
 
     :param runs: by dataset and by label of the system
     :param infos: by dataset
     :return: a row for each dataset and system, with text in its cells
     """
     rows = []
-    groups = [[dataset] for dataset in runs] + ([list(runs)] if len(runs) > 1 else [])
-    for datasets in groups:
-        for system in dict.fromkeys(system for dataset in datasets for system in runs[dataset]):
-            known = [dataset for dataset in datasets if system in runs[dataset]]
-            strata = [runs[dataset][system] for dataset in known]
-
-            def cell(quantity: str, strata: list[list[Run]] = strata) -> list[np.ndarray]:
-                return [np.array([getattr(run, quantity) for run in stratum]) for stratum in strata]
-
-            row = {
-                "dataset": " + ".join(known),
-                "system": system,
-                "runs": str(sum(map(len, strata))),
-                "behaviour": f"{np.mean([infos[dataset].behaviour for dataset in known]):,.1f}",
-                **{quantity: _with_interval(cell(quantity)) for quantity in ("offline", "dip", "final")},
-            }
-            scores: list[tuple[Any, Any]] = [infos[dataset][1:] for dataset in known]
-            if all(None not in score for score in scores):
-                normalized = [normalized_score(x, *score) for x, score in zip(cell("final"), scores, strict=True)]
-                row["final, normalized"] = _with_interval(normalized)
+    scores: dict[str, dict[tuple[Path, ...], np.ndarray]] = {}
+    for dataset, by_system in runs.items():
+        behaviour, *references = infos[dataset]
+        for system, seeds in by_system.items():
+            values = {name: np.array([getattr(run, name) for run in seeds]) for name in ("offline", "dip", "final")}
+            row = {"dataset": dataset, "system": system, "runs": str(len(seeds)), "behaviour": f"{behaviour:,.1f}"}
+            row.update((name, _with_interval([x])) for name, x in values.items())
+            if None not in references:
+                score: Any = normalized_score(values["final"], *references)  # type: ignore[arg-type]
+                row["final, normalized"] = _with_interval([score])
+                # Runs that several datasets share count once
+                scores.setdefault(system, {})[tuple(run.folder for run in seeds)] = score
             rows.append(row)
+    if len(runs) > 1 and all(None not in infos[dataset] for dataset in runs):
+        for system, strata in scores.items():
+            together = [*strata.values()]
+            known = " + ".join(dataset for dataset in runs if system in runs[dataset])
+            row = {"dataset": known, "system": system, "runs": str(sum(map(len, together)))}
+            rows.append({**row, "final, normalized": _with_interval(together)})
     return pd.DataFrame(rows).fillna("-")
 
 

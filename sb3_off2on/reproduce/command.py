@@ -145,6 +145,24 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"`--ent-coef` must be auto, or auto_ and a number above 0, got {args.ent_coef!r}")
 
 
+def make_tasks(args: argparse.Namespace) -> list[Task]:
+    """
+    :param args: of the command line
+    :return: a task for each dataset
+    :raises ValueError: if the runs of two of them would be in one folder
+    """
+    tasks = {}
+    for sources in args.dataset:
+        task = Task(tuple(sources), args.env)
+        if task.dataset_name in tasks:
+            raise ValueError(
+                f"`--dataset {' '.join(sources)}` and another one would have their runs in one folder, {task.dataset_name!r}: "
+                "give each dataset once, and files different names"
+            )
+        tasks[task.dataset_name] = task
+    return list(tasks.values())
+
+
 def main(argv: Sequence[str], prog: str = "sb3-off2on reproduce") -> None:
     """
     Make the runs of a figure that are not there yet, and write its table, plot and report.
@@ -157,7 +175,7 @@ def main(argv: Sequence[str], prog: str = "sb3-off2on reproduce") -> None:
     args = make_parser(prog).parse_args(argv)
     check_arguments(args)
     figure = FIGURES[args.figure]
-    tasks = [Task(tuple(sources), args.env) for sources in args.dataset]
+    tasks = make_tasks(args)
     # Everything is checked before the first hour of training
     for name in figure.systems:
         algorithm_class(SYSTEMS[name].algorithm)
@@ -235,7 +253,8 @@ def write_results(
         f"The paper: {figure.claim}" if args.figure != "today" else figure.claim,
         f"![{args.figure}]({args.figure}.png)",
         "Curves: interquartile mean over the seeds; shades: its 95% interval by bootstrap. Returns: the same over all runs of "
-        "a row, with a bootstrap that is stratified by dataset. Of less than four runs the interquartile mean is the mean. "
+        "a row; of several datasets together, of normalized scores, with a bootstrap that is stratified by dataset. Of less "
+        "than four runs the interquartile mean is the mean. "
         f"Systems with an ensemble have N = {args.ensemble_size} where their name says no other.",
         *tables,
         "### Returns",

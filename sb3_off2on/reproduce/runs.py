@@ -157,8 +157,8 @@ def pretrain(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
             **deepcopy(settings["hyperparameters"]),
         )
         learn = model.learn_offline
+    keep_log(job.folder, model._n_offline_updates if model.resume(job.folder / CHECKPOINTS) else None)
     model.set_logger(configure(str(job.folder), ["csv"]))
-    model.resume(job.folder / CHECKPOINTS)
     checkpoints = ResumableCheckpointCallback(job.folder / CHECKPOINTS, CHECKPOINT_FREQ)
     try:
         learn(gradient_steps=settings["gradient_steps"], callback=[ReportCallback(report), checkpoints])
@@ -235,19 +235,19 @@ def fine_tune(job: Job, report: Callable[[int], None]) -> dict[str, Any]:
     return {"num_timesteps_at_start": evaluation.evaluations_timesteps[0]}
 
 
-def keep_log(folder: Path, num_timesteps: int | None) -> None:
+def keep_log(folder: Path, step: int | None) -> None:
     """
     SB3 begins ``progress.csv`` anew. What an interrupted attempt wrote there is kept under another name, which tells up to
     where it counts; see ``Run.progress``.
 
-    :param folder: of a run
-    :param num_timesteps: where the run goes on; ``None`` if it begins
+    :param folder: of a job
+    :param step: update or environment step where it goes on; ``None`` if it begins
     """
     path = folder / "progress.csv"
-    if num_timesteps is None:
+    if step is None:
         for part in folder.glob("progress*.csv"):
             part.unlink()
-    elif path.is_file() and not (kept := folder / f"progress_{num_timesteps}.csv").is_file():
+    elif path.is_file() and not (kept := folder / f"progress_{step}.csv").is_file():
         path.rename(kept)  # else both attempts went on from here, and this one got to no other checkpoint
 
 

@@ -21,6 +21,7 @@ N_EVALUATIONS = 50
 # Updates of CQL for one of FQE: 1,000,000 and 250,000
 CQL_PER_FQE = 4
 VAE_STEPS = 20_000  # ours, the paper does not say
+LEARNING_STARTS = 1000  # of the algorithms, where a file has no other
 
 
 class System(NamedTuple):
@@ -59,7 +60,7 @@ SYSTEMS = {
     "off2on_n2": System("Off2On, N=2", "off2on_sac", "cql", {}, 2),
     "uniform": System("Uniform", "off2on_sac", "cql", scheme("uniform")),
     "online_only": System("Online only", "off2on_sac", "cql", scheme("online")),
-    "online_only_n1": System("Online only, N=1", "off2on_sac", "cql", scheme("online"), 1),
+    "online_only_n1": System("Online only, N=1", "sac_ft", "cql", scheme("online"), 1),
     "cql_reg": System("CQL Reg", "off2on_sac", "cql", {"cql_alpha_online": 5.0}),
     "other_ratio": System(
         "Off2On, d_on/d_(off and on)", "off2on_sac", "cql", {"density_ratio_kwargs": {"reference": "union"}}
@@ -196,7 +197,7 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
     :param name: its name
     :param seed: its seed
     :return: the jobs, each after those that it needs; several systems can have one in common
-    :raises ValueError: if a system needs more agents than are pretrained
+    :raises ValueError: if a system needs more agents than are pretrained, or there are too few online steps to see anything
     """
     online_steps = (args.online_steps or max(round(ONLINE_STEPS * args.scale), 1)) * system.n_times_longer
     common = {"env": task.env_name, "seed": seed}
@@ -208,6 +209,8 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
         "eval_freq": args.eval_freq or max(online_steps // N_EVALUATIONS, 1),
         "eval_episodes": args.eval_episodes,
     }
+    if settings["eval_freq"] > online_steps:
+        raise ValueError(f"`--eval-freq` must be at most the number of online steps, {online_steps}, got {args.eval_freq}")
     if system.config in ("SAC", "TQC", "CrossQ"):
         # Without data: one run serves all datasets of the environment
         kwargs = {"buffer_size": online_steps, **given(args, "batch_size")}
@@ -240,6 +243,11 @@ def make_jobs(args: argparse.Namespace, task: Task, system: System, name: str, s
     kwargs.update(system.changes, buffer_size=online_steps, **given(args, "batch_size"))
     if system.algorithm == "Off2OnSAC":
         kwargs.update(given(args, "learning_rate", "ent_coef"))
+    if online_steps <= (learning_starts := kwargs.get("learning_starts", LEARNING_STARTS)):
+        raise ValueError(
+            f"`--online-steps` or `--scale` gives {online_steps} online steps, but the first update only comes after "
+            f"{learning_starts}"
+        )
     settings.update(data, algorithm=system.algorithm, hyperparameters=kwargs, vae_steps=max(round(VAE_STEPS * args.scale), 1))
     yield Job(folder / name / f"seed_{seed}", settings, online_steps, task, before.folder if before else None)
 

@@ -132,6 +132,7 @@ class TestCommand:
                 runs.run_job(job, reports.append)
                 assert reports == list(range(3 if is_stopped else 1, job.n_steps + 1))
                 assert not (job.folder / "checkpoints").exists()
+                assert len(list(job.folder.glob("progress_*.csv"))) == is_stopped  # the log of the first attempt is kept
                 agents.append(Off2OnSAC.load(job.folder / "model").policy.state_dict())
         assert_same(agents[2], agents[0])
         assert_same(agents[3], agents[1])

@@ -27,6 +27,21 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", 0)
 
 
+@pytest.fixture
+def dense(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each product by oneDNN: whether it has fast code for the second factor."""
+    calls: list[bool] = []
+    onednn_linear: Any = onednn._ONEDNN_LINEAR
+
+    def recording_linear(x: th.Tensor, y: th.Tensor, *args: Any) -> th.Tensor:
+        calls.append(y.is_contiguous() or y.T.is_contiguous())
+        return onednn_linear(x, y, *args)
+
+    if onednn_linear is not None:
+        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", recording_linear)
+    return calls
+
+
 class TestLinear:
     @needs_onednn
     @pytest.mark.usefixtures("any_size")
@@ -68,16 +83,8 @@ class TestLinear:
 
     @needs_onednn
     @pytest.mark.usefixtures("any_size")
-    def test_rows_of_a_wider_tensor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rows_of_a_wider_tensor(self, dense: list[bool]) -> None:
         """As the features of several members in one tensor: oneDNN gets what it has fast code for."""
-        dense = []
-        onednn_linear: Any = onednn._ONEDNN_LINEAR
-
-        def recording_linear(x: th.Tensor, y: th.Tensor, *args: Any) -> th.Tensor:
-            dense.append(y.is_contiguous() or y.T.is_contiguous())
-            return onednn_linear(x, y, *args)
-
-        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", recording_linear)
         inputs = [th.randn(16, 24, requires_grad=True), th.randn(4, 8, requires_grad=True), th.randn(4)]
         output, expected = (f(inputs[0][:, 8:16], *inputs[1:]) for f in (linear, nn.functional.linear))
         assert_close(output, expected)
@@ -125,16 +132,10 @@ class TestWithoutGradient:
 
     @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
     @pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
-    def test_is_the_layer(self, monkeypatch: pytest.MonkeyPatch, x: Callable[[], th.Tensor], by_onednn: bool) -> None:
+    def test_is_the_layer(
+        self, monkeypatch: pytest.MonkeyPatch, dense: list[bool], x: Callable[[], th.Tensor], by_onednn: bool
+    ) -> None:
         monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0 if by_onednn else math.inf)
-        dense = []
-        onednn_linear: Any = onednn._ONEDNN_LINEAR
-
-        def recording_linear(x: th.Tensor, y: th.Tensor, *args: Any) -> th.Tensor:
-            dense.append(y.is_contiguous() or y.T.is_contiguous())
-            return onednn_linear(x, y, *args)
-
-        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", recording_linear)
         layers = [nn.Linear(8, 5) for _ in range(3)]
         observations = x()
         with th.no_grad():
@@ -151,6 +152,16 @@ NETWORKS: dict[str, Any] = {
     "tanh": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh()),
     "prelu": lambda: nn.Sequential(nn.Linear(5, 16), nn.PReLU(), nn.Linear(16, 2)),
 }
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_without_gradient(network: str) -> None:
+    """Layers whose inputs lie transposed."""
+    stacked = stack_modules([NETWORKS[network]() for _ in range(3)])
+    x = th.randn(3, stacking.MIN_ROWS_WEIGHTS_FIRST, 5)
+    with th.no_grad():
+        output = stacked(x)
+    assert_close(output, stacked(x))
 
 
 class TestOneByOne:

@@ -1,6 +1,7 @@
 """The stacked ensemble against a loop over SB3's own networks, Eq. 5 against NumPy, and members in and out."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,32 @@ class TestAgainstLoop:
                 assert_close(mean_actions[index], member.actor.get_action_dist_params(member_obs[index])[0])
                 for name, value in ensemble.get_member(index)["actor"].items():
                     assert_close(value, member.actor.state_dict()[name], name)
+
+    @every_kind
+    def test_training_mode(self, kind: str) -> None:
+        """That of SB3's policy, whatever the networks were in before."""
+        ensemble, sb3_policy = make_ensemble(kind), make_sb3_policy(kind)
+        for mode, mode_before, *networks_before in itertools.product([True, False], repeat=4):
+            for policy in (ensemble, sb3_policy):
+                policy.set_training_mode(mode_before)
+                for network, network_before in zip((policy.actor, policy.critic), networks_before, strict=True):
+                    network.set_training_mode(network_before)
+                policy.set_training_mode(mode)
+            for name in ("actor", "critic", "critic_target"):
+                modes = {module.training for module in getattr(ensemble, name).modules()}
+                assert modes == {getattr(sb3_policy, name).training}
+            assert ensemble.training == sb3_policy.training == mode
+
+    def test_evaluation_mode_is_entered_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ensemble = make_ensemble("mlp")
+        obs = observations("mlp", 1).numpy()
+        ensemble.predict(obs)
+        calls: list[bool] = []
+        monkeypatch.setattr(ensemble.actor, "set_training_mode", calls.append)
+        ensemble.predict(obs)
+        assert calls == []
+        ensemble.set_training_mode(True)
+        assert calls == [True]
 
 
 def extractor_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -590,6 +590,8 @@ class TestAnalyses:
                 np.testing.assert_allclose(line.get_xydata(), [[0, 0], [10, 2]])
             assert len(axes.collections) == 2
             assert axes.get_ylabel() == "return"
+        (legend,) = drawn[0].legends
+        assert [text.get_text() for text in legend.get_texts()] == ["A", "B"]
         table = pd.DataFrame(
             {"dataset": "first", "system": "A", "curve": ["x", "x", "y"], "seed": 0, "value": [0.0, 1.0, 2.0]}
         )

@@ -347,7 +347,8 @@ def _plot(results: pd.DataFrame, draw: Callable[[Any, pd.DataFrame], None], path
         draw(axes, table)
         axes.set_title(dataset)
         axes.grid(alpha=0.3)
-        axes.legend()
+    # One for all panels, which have the same curves, where it covers none of them
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(tables))
     figure.savefig(path, dpi=150)
 
 

@@ -357,7 +357,7 @@ class EnsembleCQLPolicy(SACPolicy):
                 network.compile(mode=compile_mode)  # in place: parameters keep their names
 
     def set_training_mode(self, mode: bool) -> None:
-        # SB3 leaves training mode before every prediction, a quarter of whose time it takes to go through all modules
+        # predict() leaves training mode each time: a quarter of the time for one observation, to go through all modules
         if mode or self.training or self.actor.training or self.critic.training:
             super().set_training_mode(mode)
 

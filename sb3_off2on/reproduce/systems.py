@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import gymnasium as gym
 import yaml
 
 from sb3_off2on.datasets import OfflineDataset, load_dataset
+from sb3_off2on.off2on_sac import Off2OnSAC
 
 HYPERPARAMS_FOLDER = Path(__file__).parents[1] / "hyperparams"
 # The paper's protocol (sections C and D.1); Fig. 9 to 14 have it too, but for 13
@@ -21,7 +23,8 @@ N_EVALUATIONS = 50
 # Updates of CQL for one of FQE: 1,000,000 and 250,000
 CQL_PER_FQE = 4
 VAE_STEPS = 20_000  # ours, the paper does not say
-LEARNING_STARTS = 1000  # of the algorithms, where a file has no other
+# Where a file has no other
+LEARNING_STARTS = signature(Off2OnSAC).parameters["learning_starts"].default
 
 
 class System(NamedTuple):

@@ -48,16 +48,17 @@ class EnsembleLinear(EnsembleLayer):
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
+        weight, bias = self.weight, self.bias.unsqueeze(1)
         if th.is_grad_enabled() or x.device.type != "cpu" or is_traced() or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
             # In place, where baddbmm() would copy the bias to every row first
-            return th.bmm(x, self.weight.transpose(1, 2)).add_(self.bias.unsqueeze(1))
+            return th.bmm(x, weight.transpose(1, 2)).add_(bias)
         # Weights times observations, for predictions: the outputs lie transposed
-        if takes_onednn(x, x.shape[1] * self.weight[0].numel()):
+        if takes_onednn(x, x.shape[1] * weight.shape[1] * weight.shape[2]):
             x = x if x.transpose(1, 2).is_contiguous() else x.contiguous()
-            y = th.stack([product(weight, rows) for weight, rows in zip(self.weight, x, strict=True)])
+            y = th.stack([product(*factors) for factors in zip(weight.unbind(), x.unbind(), strict=True)])
         else:
-            y = th.bmm(self.weight, x.transpose(1, 2))
-        return y.transpose(1, 2).add_(self.bias.unsqueeze(1))
+            y = th.bmm(weight, x.transpose(1, 2))
+        return y.transpose(1, 2).add_(bias)
 
 
 class EnsembleLayerNorm(EnsembleLayer):

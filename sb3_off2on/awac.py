@@ -25,7 +25,6 @@ from sb3_off2on.policies import (
     EnsembleMultiInputPolicy,
     moment_matching,
 )
-from sb3_off2on.stacking import trainable_parameters
 
 # Bounds of the policy's log standard deviations, which start half-way (the published code)
 LOG_STD_MIN = -6.0
@@ -365,7 +364,7 @@ class AWAC(OfflineToOnline):
 
         # Optimize the actor
         self.actor.optimizer.zero_grad()
-        actor_loss.backward(inputs=trainable_parameters(self.actor))
+        actor_loss.backward()
         if self._has_fault(
             replay_data, n_policies, self.actor.optimizer, weights=weights, log_prob=log_prob, actor_loss=actor_loss
         ):

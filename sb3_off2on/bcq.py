@@ -23,7 +23,7 @@ from sb3_off2on.policies import (
     check_layers,
     member_features,
 )
-from sb3_off2on.stacking import EnsembleModule, stack_modules, trainable_parameters
+from sb3_off2on.stacking import EnsembleModule, frozen, stack_modules
 from sb3_off2on.vae import ConditionalVAE
 
 
@@ -554,12 +554,13 @@ class BCQ(OfflineToOnline):
         with th.no_grad():
             generated_actions = self.vae(obs, 1, per_member)
         perturbed_actions = self.actor(obs, generated_actions, per_member).squeeze(1)
-        q_values_pi = self.critic.member_q_values(obs, perturbed_actions, per_member)[:, 0]
+        with frozen(self.critic):
+            q_values_pi = self.critic.member_q_values(obs, perturbed_actions, per_member)[:, 0]
         actor_loss = -q_values_pi.mean(dim=1).sum()
 
         # Optimize the actor
         self.actor.optimizer.zero_grad()
-        actor_loss.backward(inputs=trainable_parameters(self.actor))
+        actor_loss.backward()
         if self._has_fault(replay_data, n_batches, self.actor.optimizer, q_values_pi=q_values_pi, actor_loss=actor_loss):
             return {}
         self.actor.optimizer.step()

@@ -32,7 +32,7 @@ from sb3_off2on.policies import (
     EnsembleMultiInputPolicy,
     check_layers,
 )
-from sb3_off2on.stacking import trainable_parameters
+from sb3_off2on.stacking import frozen
 
 SelfOff2OnSAC = TypeVar("SelfOff2OnSAC", bound="Off2OnSAC")
 
@@ -458,14 +458,15 @@ class Off2OnSAC(OfflineToOnline, SAC):
                 self.cql_lagrange_optimizer.step()
 
             # Min over each member's critics: (ensemble_size, batch_size)
-            q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi, per_member=True)
+            with frozen(self.critic):
+                q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi, per_member=True)
             min_qf_pi = q_values_pi.min(dim=1).values
             if is_imitating:
                 actor_loss = -self.actor.log_prob_of_actions(*dist_params, actions).mean(dim=1).sum()
             else:
                 actor_loss = (ent_coef * log_prob - min_qf_pi).mean(dim=1).sum()
             self.actor.optimizer.zero_grad()
-            actor_loss.backward(inputs=trainable_parameters(self.actor))
+            actor_loss.backward()
             if self._has_fault(replay_data, ensemble_size, self.actor.optimizer, q_values_pi=min_qf_pi, actor_loss=actor_loss):
                 continue
             self.actor.optimizer.step()
@@ -771,13 +772,14 @@ class Off2OnSAC(OfflineToOnline, SAC):
 
             # Compute actor loss (line 18)
             # Min over each member's critic networks, mean over the members (Eq. 5)
-            q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi)
+            with frozen(self.critic):
+                q_values_pi = self.critic.member_q_values(replay_data.observations, actions_pi)
             mean_qf_pi = q_values_pi.min(dim=1).values.mean(dim=0)  # (batch_size,)
             actor_loss = (ent_coef * log_prob - mean_qf_pi).mean()
 
             # Optimize the actor
             self.actor.optimizer.zero_grad()
-            actor_loss.backward(inputs=trainable_parameters(self.actor))
+            actor_loss.backward()
             if self._has_fault(replay_data, 1, self.actor.optimizer, q_values_pi=mean_qf_pi, actor_loss=actor_loss):
                 continue
             self.actor.optimizer.step()

@@ -3,7 +3,8 @@ N modules of one shape as one: every parameter gets a leading member axis, so th
 Names stay, so that a member's state dict is that of the module it came from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, reduce
 from operator import itemgetter
@@ -194,9 +195,18 @@ def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Ten
     return [stacked] * n_modules
 
 
-def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
     """
-    :param module: a network
-    :return: its parameters without the frozen ones, which ``backward(inputs=...)`` does not take
+    What ``module`` computes here has no gradient to its parameters, so that none is worked out for nothing.
+
+    :param module: a network whose inputs learn, as those of the critic in the actor's loss
     """
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -92,6 +92,22 @@ class TestPhases:
                 assert th.isfinite(parameter).all(), name
         assert (model.num_timesteps, model._n_offline_updates, model._n_updates) == (3 + 6, 3, 8 + 2)
 
+    def test_one_gradient_of_each_critic_an_update(self, cls: Algorithm, dataset: Any) -> None:
+        """The actor's loss needs the critics' values, but none of their gradients."""
+        model = make(cls, dataset=dataset)
+        model.learn_offline(gradient_steps=1)
+        model.learn(4)
+        n_gradients = [0] * len(list(model.critic.parameters()))
+        for index, parameter in enumerate(model.critic.parameters()):
+
+            def count(_: th.Tensor, index: int = index) -> None:
+                n_gradients[index] += 1
+
+            parameter.register_hook(count)
+        model.train_offline(2, batch_size=8)
+        model.train(3, batch_size=8)
+        assert n_gradients == [2 + 3] * len(n_gradients)
+
     def test_long_updates_hold_nothing(self, cls: Algorithm, dataset: Any) -> None:
         """
         Within one call of ``train()``, as many tensors live at its last update as at its third. Even a scalar that stays, in

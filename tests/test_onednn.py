@@ -1,8 +1,11 @@
 """Linear layers by oneDNN beside PyTorch's own, and networks one by one beside the batched product."""
 
 import math
+import platform
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,13 +14,20 @@ import torch as th
 from torch import nn
 
 from sb3_off2on import onednn, stacking
-from sb3_off2on.onednn import linear, takes_onednn
-from sb3_off2on.stacking import stack_modules, unstack_modules
+from sb3_off2on.onednn import describe_processor, linear, outruns_mkl, takes_onednn
+from sb3_off2on.stacking import frozen, stack_modules, unstack_modules
 
 assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
 needs_onednn = pytest.mark.skipif(
-    not takes_onednn(th.zeros(1, 1), onednn.MIN_MULTIPLICATIONS), reason="PyTorch's oneDNN for x86 is not on this machine"
+    onednn._ONEDNN_LINEAR is None or platform.machine().lower() not in ("x86_64", "amd64"),
+    reason="PyTorch's oneDNN for x86 is not on this machine",
 )
+
+
+@pytest.fixture(autouse=True)
+def fast_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor for which oneDNN is the faster one."""
+    monkeypatch.setattr(onednn, "_OUTRUNS_MKL", True)
 
 
 @pytest.fixture
@@ -40,6 +50,39 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     if onednn_linear is not None:
         monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", recording_linear)
     return calls
+
+
+LINUX = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 17"
+
+
+class TestProcessors:
+    @pytest.mark.parametrize(
+        ("processor", "expected"),
+        [
+            (LINUX.format("AuthenticAMD", 25), False),  # Zen 4
+            (LINUX.format("AuthenticAMD", 26), True),  # Zen 5
+            (LINUX.format("GenuineIntel", 6), False),
+            (LINUX.format("GenuineIntel", 26), False),
+            ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", False),
+            ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", True),
+            ("Intel64 Family 6 Model 183 Stepping 1, GenuineIntel", False),
+            ("AuthenticAMD", False),
+            ("arm", False),
+            ("", False),
+        ],
+    )
+    def test_on_which_onednn_is_much_faster(self, processor: str, expected: bool) -> None:
+        assert outruns_mkl(processor) is expected
+
+    @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="not on Linux")
+    def test_description_on_linux(self) -> None:
+        description = describe_processor()
+        assert description
+        assert len(re.findall(r"^processor\b", description, re.MULTILINE)) <= 1
+
+    def test_description_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Path, "exists", lambda _: False)
+        assert describe_processor() == platform.processor()
 
 
 class TestLinear:
@@ -83,6 +126,18 @@ class TestLinear:
 
     @needs_onednn
     @pytest.mark.usefixtures("any_size")
+    def test_no_product_for_frozen_weights(self, dense: list[bool]) -> None:
+        """One for the output and one for the gradient to the input; ``backward(inputs=...)`` would take a third."""
+        layer = stack_modules([nn.Sequential(nn.Linear(8, 4)) for _ in range(3)])
+        x = th.randn(3, 16, 8, requires_grad=True)
+        with frozen(layer):
+            output = layer(x)
+        output.sum().backward()
+        assert x.grad is not None
+        assert len(dense) == 3 * 2
+
+    @needs_onednn
+    @pytest.mark.usefixtures("any_size")
     def test_rows_of_a_wider_tensor(self, dense: list[bool]) -> None:
         """As the features of several members in one tensor: oneDNN gets what it has fast code for."""
         inputs = [th.randn(16, 24, requires_grad=True), th.randn(4, 8, requires_grad=True), th.randn(4)]
@@ -103,9 +158,9 @@ class TestLinear:
         assert not takes_onednn(x.double(), 1)
         assert not takes_onednn(x.to("meta"), 1)
         assert linear(x.double(), weight.double(), bias.double()).dtype == th.float64
-        monkeypatch.setattr(onednn, "_IS_X86", False)
+        monkeypatch.setattr(onednn, "_OUTRUNS_MKL", False)
         assert not takes_onednn(x, 1)
-        monkeypatch.setattr(onednn, "_IS_X86", True)
+        monkeypatch.setattr(onednn, "_OUTRUNS_MKL", True)
         monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", None)
         assert not takes_onednn(x, 1)
         assert th.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))

@@ -21,6 +21,7 @@ from torch import nn
 from sb3_off2on import EnsembleCQLPolicy, Off2OnSAC, policies
 from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
 from sb3_off2on.policies import EnsembleCnnPolicy, EnsembleMultiInputPolicy, moment_matching
+from sb3_off2on.stacking import frozen
 
 ACTION_SPACE = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32))
 VECTOR_SPACE = spaces.Box(-1, 1, (3,), np.float32)
@@ -919,3 +920,26 @@ class TestCompile:
     def test_unknown_mode(self) -> None:
         with pytest.raises(ValueError, match=r"`compile_mode` must be None or one of default, .*, got 'fast'"):
             make_ensemble(compile_mode="fast")
+
+
+class TestFrozen:
+    def test_only_inside(self) -> None:
+        first, last = nn.Linear(2, 3), nn.Linear(3, 1)
+        network = nn.Sequential(first, last)
+        first.bias.requires_grad_(False)
+        before = [parameter.requires_grad for parameter in network.parameters()]
+        x = th.ones(4, 2, requires_grad=True)
+        with frozen(network):
+            assert not any(parameter.requires_grad for parameter in network.parameters())
+            output = network(x)
+        assert [parameter.requires_grad for parameter in network.parameters()] == before
+        output.sum().backward()
+        assert x.grad is not None
+        assert_close(x.grad, (last.weight @ first.weight).expand(4, 2))
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+    def test_over_after_an_error(self) -> None:
+        network = nn.Linear(2, 3)
+        with pytest.raises(KeyError), frozen(network):
+            raise KeyError
+        assert network.weight.requires_grad

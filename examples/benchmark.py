@@ -48,7 +48,7 @@ from sb3_off2on.priorities import SumTree
 
 OBS_DIM, ACTION_DIM, EPISODE_LENGTH = 17, 6, 1000  # HalfCheetah's
 NET_ARCH, BATCH_SIZE, ENSEMBLE_SIZE = [256, 256], 256, 5
-N_THREADS = (1, 2)  # of the online updates; one elsewhere
+N_THREADS = (1, 2)  # of the online updates and the predictions; one elsewhere
 N_OFFLINE, N_ONLINE = 100_000, 5_000  # rows that the updates sample from
 TREE_SIZE, PEER_TREE_SIZE = 2**21, 2**17
 PRODUCTS = [(1024, 256, 256), (4096, 256, 256), (512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048)]
@@ -289,9 +289,12 @@ def predict(options: argparse.Namespace) -> list[Row]:
                 name: partial(repeat, N_REPEATS, partial(agent.predict, observations, deterministic=deterministic))
                 for name, agent in agents.items()
             }
-            seconds = take_turns("predict", options.rounds, tasks)
             what = f"ours / SAC, {n} at once, {'deterministic' if deterministic else 'stochastic'}"
-            rows.append(row(what, seconds["ours"] / seconds["SAC"], aim=aim))
+            for n_threads in N_THREADS:
+                th.set_num_threads(n_threads)
+                seconds = take_turns("predict", options.rounds, tasks)
+                rows.append(row(f"{what}, threads: {n_threads}", seconds["ours"] / seconds["SAC"], aim=aim))
+    th.set_num_threads(1)
     return rows
 
 

@@ -238,8 +238,10 @@ def arithmetic(options: argparse.Namespace) -> list[Row]:
         tasks["critics"]()
     flops = {"critics": counter.get_total_flops()}
     for m, k, n in PRODUCTS:
-        x, weight, bias = th.randn(m, k), th.randn(n, k), th.zeros(n)
-        products = {"linear": partial(onednn.linear, x, weight, bias), "sgemm": partial(th.mm, x, weight.T)}
+        x, weight = th.randn(m, k), th.randn(n, k)
+        products = {"sgemm": partial(th.mm, x, weight.T)}
+        if onednn._ONEDNN_LINEAR is not None:
+            products["oneDNN"] = partial(onednn.product, x, weight)
         for how, product in products.items():
             # As many products as it takes for about the critics' arithmetic
             name, times = f"{how} {m} x {k} x {n}", max(flops["critics"] // (2 * m * k * n), 1)

@@ -27,7 +27,7 @@ def describe_processor() -> str:
 def outruns_mkl(processor: str) -> bool:
     """
     MKL does without AVX-512 on AMD's processors. Up to Zen 4 nothing is lost by it, as these take such an instruction in two
-    halves; from Zen 5 (family 26) on it is half of the speed. On all others, MKL is about as fast, and has a batched product.
+    halves; from Zen 5 (family 26) on it is half of the speed. On others they differ by less than MKL's batched product saves.
 
     :param processor: what ``describe_processor`` returned
     :return: whether oneDNN multiplies much faster than MKL on this processor

@@ -18,8 +18,9 @@ from sb3_off2on.onednn import describe_processor, linear, outruns_mkl, takes_one
 from sb3_off2on.stacking import frozen, stack_modules, unstack_modules
 
 assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 needs_onednn = pytest.mark.skipif(
-    onednn._ONEDNN_LINEAR is None or platform.machine().lower() not in ("x86_64", "amd64"),
+    onednn._ONEDNN_LINEAR is None or not IS_X86,
     reason="PyTorch's oneDNN for x86 is not on this machine",
 )
 
@@ -27,7 +28,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fast_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor for which oneDNN is the faster one."""
-    monkeypatch.setattr(onednn, "_OUTRUNS_MKL", True)
+    monkeypatch.setattr(onednn, "_OUTRUNS_MKL", IS_X86)
 
 
 @pytest.fixture

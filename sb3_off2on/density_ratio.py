@@ -12,6 +12,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+from torch.utils._pytree import tree_map
 
 # Keeps the logarithms finite where the network's ReLU gives 0 (the authors' value)
 EPSILON = 1e-10
@@ -51,7 +52,7 @@ class DensityRatio(BaseModel):
         assert isinstance(last_layer, nn.Linear)
         # Starts around a ratio of 1, away from the flat half of the ReLU (as in the authors' code)
         nn.init.constant_(last_layer.bias, 1.0)
-        self.optimizer = th.optim.Adam(self.parameters(), lr=learning_rate)
+        self.optimizer = th.optim.Adam(self.parameters(), lr=learning_rate, fused=True)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -62,6 +63,17 @@ class DensityRatio(BaseModel):
         assert isinstance(self.features_extractor, BaseFeaturesExtractor)
         features = self.extract_features(obs, self.features_extractor)
         return th.relu(self.ratio(th.cat([features, actions], dim=1))).squeeze(1)
+
+    def of_batches(self, *batches: tuple[PyTorchObs, th.Tensor]) -> tuple[th.Tensor, ...]:
+        """
+        Several batches in one pass.
+
+        :param batches: observations and actions of each, see ``forward``
+        :return: density ratios of each, shape ``(batch_size,)``
+        """
+        observations, actions = zip(*batches, strict=True)
+        joined = tree_map(lambda *parts: th.cat(parts), *observations)
+        return self(joined, th.cat(actions)).split([len(part) for part in actions])
 
 
 def density_ratio_loss(ratio_online: th.Tensor, ratio_reference: th.Tensor) -> th.Tensor:

@@ -830,8 +830,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
         else:
             reference_data = self.replay_buffer.sample_uniform(batch_size, env=self._vec_normalize_env)
         online_data = self.replay_buffer.sample_online(batch_size, env=self._vec_normalize_env)
-        ratio_online = self.density_ratio(online_data.observations, online_data.actions)
-        ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
+        ratio_online, ratio_reference = self.density_ratio.of_batches(
+            (online_data.observations, online_data.actions), (reference_data.observations, reference_data.actions)
+        )
         loss = density_ratio_loss(ratio_online, ratio_reference)
         self.density_ratio.optimizer.zero_grad()
         loss.backward()
@@ -852,8 +853,9 @@ class Off2OnSAC(OfflineToOnline, SAC):
         """
         assert self.density_ratio is not None
         with th.no_grad():
-            ratio = self.density_ratio(replay_data.observations, replay_data.actions)
-            ratio_reference = self.density_ratio(reference_data.observations, reference_data.actions)
+            ratio, ratio_reference = self.density_ratio.of_batches(
+                (replay_data.observations, replay_data.actions), (reference_data.observations, reference_data.actions)
+            )
             priorities = density_ratio_priority(ratio, ratio_reference, self.priority_temperature)
         if self._has_fault(replay_data, priorities=priorities):
             return

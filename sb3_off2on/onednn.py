@@ -1,21 +1,18 @@
 """
-Linear layers on a processor. PyTorch multiplies float32 matrices with MKL, which takes less than half of what AMD's newest
-processors can do. oneDNN, which PyTorch's builds for x86 bring for convolutions and for compiled code, takes nearly all of it.
+Products of matrices on a processor. PyTorch multiplies float32 matrices with MKL, which takes less than half of what AMD's
+newest processors can do. oneDNN, which PyTorch's builds for x86 bring for convolutions and for compiled code, takes nearly all
+of it.
 """
 
+import math
 import platform
 import re
 from pathlib import Path
-from typing import Any
 
 import torch as th
-from torch import nn
-from torch.autograd.function import once_differentiable
 
 # What PyTorch's compiler calls for a linear layer. There is no public name for it
 _ONEDNN_LINEAR = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
-# Multiplications, of which smaller products have too few to make up for the call
-MIN_MULTIPLICATIONS = 2**22
 
 
 def describe_processor() -> str:
@@ -24,19 +21,23 @@ def describe_processor() -> str:
     return path.read_text().partition("\n\n")[0] if path.exists() else platform.processor()
 
 
-def outruns_mkl(processor: str) -> bool:
+def min_multiplications(processor: str, capability: str) -> float:
     """
-    MKL does without AVX-512 on AMD's processors. Up to Zen 4 nothing is lost by it, as these take such an instruction in two
-    halves; from Zen 5 (family 26) on it is half of the speed. On others they differ by less than MKL's batched product saves.
+    MKL does without AVX-512 on AMD's processors. From Zen 5 (family 26) on it is half of the speed, and only small products do
+    not make up for oneDNN's call. Zen 4 takes such an instruction in two halves: oneDNN gains less, with large products. On
+    others MKL is the faster one.
 
     :param processor: what ``describe_processor`` returned
-    :return: whether oneDNN multiplies much faster than MKL on this processor
+    :param capability: what PyTorch says of the processor
+    :return: multiplications of a product from which oneDNN takes less time than MKL
     """
     family = re.search(r"\bfamily\s*:?\s*(\d+)", processor, re.IGNORECASE)
-    return "AuthenticAMD" in processor and family is not None and int(family[1]) >= 26
+    if "AuthenticAMD" not in processor or capability != "AVX512" or family is None:
+        return math.inf
+    return 2**22 if int(family[1]) >= 26 else 2**25
 
 
-_OUTRUNS_MKL = outruns_mkl(describe_processor())
+MIN_MULTIPLICATIONS = min_multiplications(describe_processor(), th.backends.cpu.get_cpu_capability())
 
 
 def is_traced() -> bool:
@@ -46,35 +47,20 @@ def is_traced() -> bool:
 
 def takes_onednn(x: th.Tensor, multiplications: int) -> bool:
     """
-    :param x: the layer's input
-    :param multiplications: rows times weights
-    :return: whether ``linear`` leaves the product to oneDNN
+    :param x: a factor
+    :param multiplications: of the product
+    :return: whether the product is left to oneDNN
     """
     return (
-        not is_traced()
-        and multiplications >= MIN_MULTIPLICATIONS
-        and _OUTRUNS_MKL
+        multiplications >= MIN_MULTIPLICATIONS
+        and not is_traced()
         and _ONEDNN_LINEAR is not None
         and x.device.type == "cpu"
         and x.dtype == th.float32
     )
 
 
-def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """
-    ``nn.functional.linear`` for a batch of rows, by whichever library is faster.
-
-    :param x: shape ``(batch_size, in_features)``
-    :param weight: shape ``(out_features, in_features)``
-    :param bias: shape ``(out_features,)``
-    :return: shape ``(batch_size, out_features)``
-    """
-    if takes_onednn(x, x.shape[0] * weight.numel()):
-        return _OneDNNLinear.apply(x, weight, bias)
-    return nn.functional.linear(x, weight, bias)
-
-
-def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None, relu: bool = False) -> th.Tensor:
     """
     A product by oneDNN, without gradient. The factors may be transposed, but ``y`` must not be part of wider rows: for these,
     oneDNN has plain loops only, which take a thousand times as long.
@@ -82,26 +68,8 @@ def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Ten
     :param x: shape ``(n, features)``
     :param y: shape ``(m, features)``
     :param bias: shape ``(m,)``
+    :param relu: whether a ReLU follows
     :return: ``x @ y.T + bias``, shape ``(n, m)``
     """
     assert _ONEDNN_LINEAR is not None
-    return _ONEDNN_LINEAR(x, y, bias, "none", [], "")
-
-
-class _OneDNNLinear(th.autograd.Function):
-    """The layer with its gradient, each of whose two products is one of oneDNN again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_x = product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad.T, x.T) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias
+    return _ONEDNN_LINEAR(x, y, bias, "relu" if relu else "none", [], "")

@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.stacking import EnsembleModule, stack_modules, unstack_modules
+from sb3_off2on.mlp import stacked_mlp_of_many
+from sb3_off2on.stacking import EnsembleModule, EnsembleSequential, stack_modules
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
 MAX_ROWS_AT_ONCE = 1024
@@ -120,8 +121,9 @@ class EnsembleActor(Actor):
         :param per_member: whether each member has rows of its own (those of member 0 first)
         :return: means and log standard deviations, each of shape ``(ensemble_size, batch_size, action_dim)``
         """
-        latent_pi = self.latent_pi(member_features(self, obs, self.ensemble_size, per_member))
-        return self.mu(latent_pi), th.clamp(self.log_std(latent_pi), LOG_STD_MIN, LOG_STD_MAX)  # type: ignore[operator]
+        features = member_features(self, obs, self.ensemble_size, per_member)
+        mean_actions, log_std = self.latent_pi.with_heads(features, self.mu, self.log_std)  # type: ignore[operator]
+        return mean_actions, th.clamp(log_std, LOG_STD_MIN, LOG_STD_MAX)
 
     def sample_from_params(
         self, mean_actions: th.Tensor, log_std: th.Tensor, n_samples: int = 1
@@ -202,6 +204,8 @@ class EnsembleCritic(BaseModel):
     :param members: SB3 critics, alike but for their parameters
     """
 
+    qf: EnsembleSequential
+
     def __init__(self, members: Sequence[ContinuousCritic]) -> None:
         first = members[0]
         super().__init__(first.observation_space, first.action_space, normalize_images=first.normalize_images)
@@ -212,7 +216,7 @@ class EnsembleCritic(BaseModel):
         # One that is shared with the actor comes stacked already
         shared = isinstance(extractors[0], EnsembleModule)
         self.features_extractor = extractors[0] if shared else stack_modules(extractors)  # type: ignore[assignment]
-        self.qf = stack_modules([q_network for member in members for q_network in member.q_networks])
+        self.qf = stack_modules([q_network for member in members for q_network in member.q_networks])  # type: ignore[assignment]
 
     def extract_member_features(self, obs: PyTorchObs, per_member: bool = False) -> th.Tensor:
         """
@@ -246,15 +250,17 @@ class EnsembleCritic(BaseModel):
         """
         n_actions, batch_size = actions.shape[1:3]
         shape = (self.ensemble_size, self.n_critics, n_actions, batch_size)
-        features = features.unsqueeze(1).expand(-1, n_actions, -1, -1)
-        if th.is_grad_enabled() or actions.device.type != "cpu":
-            return self.q_values(features.flatten(1, 2), actions.flatten(1, 2).unsqueeze(1)).view(shape)
-        q_networks = unstack_modules(self.qf, self.ensemble_size * self.n_critics)
-        q_values = []
-        for index, q_input in enumerate(th.cat([features, actions], dim=-1).flatten(1, 2)):
-            for q_network in q_networks[index * self.n_critics : (index + 1) * self.n_critics]:
-                q_values += [q_network(rows) for rows in q_input.split(MAX_ROWS_AT_ONCE)]
-        return th.cat(q_values).view(shape)
+        with_gradient = th.is_grad_enabled() or actions.device.type != "cpu"
+        if not with_gradient and self.qf.is_mlp and len(self.qf) > 1:
+            features, actions = (x.repeat_interleave(self.n_critics, dim=0) for x in (features, actions))
+            weights, biases = self.qf.mlp_parameters()
+            return stacked_mlp_of_many(features, actions, weights, biases, MAX_ROWS_AT_ONCE).view(shape)
+        at_once = n_actions if with_gradient else max(MAX_ROWS_AT_ONCE // batch_size, 1)
+        q_values = [
+            self.q_values(features.repeat(1, part.shape[1], 1), part.flatten(1, 2).unsqueeze(1))
+            for part in actions.split(at_once, dim=1)
+        ]
+        return th.cat(q_values, dim=2).view(shape)
 
     def member_q_values(self, obs: PyTorchObs, actions: th.Tensor, per_member: bool = False) -> th.Tensor:
         """

@@ -6,7 +6,7 @@ Names stay, so that a member's state dict is that of the module it came from.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial, reduce
+from functools import partial
 from operator import itemgetter
 
 import torch as th
@@ -15,11 +15,9 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.onednn import is_traced, linear, product, takes_onednn
+from sb3_off2on.mlp import is_faster_one_by_one, stacked_mlp
+from sb3_off2on.onednn import is_traced, product, takes_onednn
 
-# Multiplications of a layer, for each thread, from which N networks one by one take less time than a batched product, in which
-# every thread has networks of its own
-MIN_MULTIPLICATIONS_PER_THREAD = 7 * 2**20
 # Rows of a batch from which, on a CPU, the weights are the better first factor; for fewer, they are far worse
 MIN_ROWS_WEIGHTS_FIRST = 16
 
@@ -42,19 +40,22 @@ class EnsembleLayer(nn.Module):
 
 
 class EnsembleLinear(EnsembleLayer):
-    """N linear layers as one batched product."""
+    """N linear layers as one batched product, or one by one where that is faster."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
+        n_weights = self.weight[0].numel()
+        if is_faster_one_by_one(x, n_weights):
+            return stacked_mlp(x, [self.weight], [self.bias])
         weight, bias = self.weight, self.bias.unsqueeze(1)
         if th.is_grad_enabled() or x.device.type != "cpu" or is_traced() or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
             # In place, where baddbmm() would copy the bias to every row first
             return th.bmm(x, weight.transpose(1, 2)).add_(bias)
         # Weights times observations, for predictions: the outputs lie transposed
-        if takes_onednn(x, x.shape[1] * weight.shape[1] * weight.shape[2]):
+        if takes_onednn(x, x.shape[1] * n_weights):
             x = x if x.transpose(1, 2).is_contiguous() else x.contiguous()
             y = th.stack([product(*factors) for factors in zip(weight.unbind(), x.unbind(), strict=True)])
         else:
@@ -83,24 +84,52 @@ class EnsembleLayerNorm(EnsembleLayer):
 
 
 class EnsembleSequential(nn.Sequential):
-    """N sequences of layers: network by network where ``linear`` is faster than a batched product, else layer by layer."""
+    """N sequences of layers, layer by layer; linear layers and ReLU network by network where that is faster."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        # Of one network, and one layer
-        self.max_n_weights = max((x.weight[0].numel() for x in layers if isinstance(x, EnsembleLinear)), default=0)
+        sizes = [layer.weight[0].numel() for layer in layers if isinstance(layer, EnsembleLinear)]
+        self.max_n_weights = max(sizes, default=0)  # of one network's layers
+        self.is_mlp = bool(sizes) and all(
+            type(layer) is (nn.ReLU if index % 2 else EnsembleLinear) for index, layer in enumerate(layers)
+        )
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        multiplications = x.shape[1] * self.max_n_weights
-        if takes_onednn(x, multiplications) and multiplications >= MIN_MULTIPLICATIONS_PER_THREAD * th.get_num_threads():
-            return th.stack([network(rows) for network, rows in zip(unstack_modules(self, len(x)), x, strict=True)])
+        if self.is_mlp and is_faster_one_by_one(x, self.max_n_weights):
+            return stacked_mlp(x, *self.mlp_parameters(), relu_last=len(self) % 2 == 0)
         for layer in self:
             x = layer(x)
         return x
+
+    def with_heads(self, x: th.Tensor, *heads: nn.Module) -> Sequence[th.Tensor]:
+        """
+        What further layers make of the output, together where that is faster.
+
+        :param x: shape ``(n_members, batch_size, in_features)``
+        :param heads: stacked modules
+        :return: the output of each head
+        """
+        ends_in_relu = self.is_mlp and len(self) % 2 == 0 and self._compiled_call_impl is None
+        if (
+            ends_in_relu
+            and all(type(head) is EnsembleLinear for head in heads)
+            and is_faster_one_by_one(x, self.max_n_weights)
+        ):
+            weights, biases = self.mlp_parameters()
+            head_weights, head_biases = ([getattr(head, name) for head in heads] for name in ("weight", "bias"))
+            outputs = stacked_mlp(x, [*weights, th.cat(head_weights, dim=1)], [*biases, th.cat(head_biases, dim=1)])
+            return outputs.split([bias.shape[1] for bias in head_biases], dim=2)
+        latent = self(x)
+        return [head(latent) for head in heads]
+
+    def mlp_parameters(self) -> tuple[list[th.Tensor], list[th.Tensor]]:
+        """:return: weights and biases of all linear layers"""
+        layers = [layer for layer in self if isinstance(layer, EnsembleLinear)]
+        return [layer.weight for layer in layers], [layer.bias for layer in layers]
 
 
 class EnsembleModule(nn.Module):
@@ -170,29 +199,6 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     if not first.state_dict():
         return first
     return EnsembleModule(modules)
-
-
-def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Tensor], th.Tensor]]:
-    """
-    The networks that ``stack_modules`` made one module of, one by one.
-
-    :param stacked: what ``stack_modules`` returned
-    :param n_modules: of how many
-    :return: functions from shape ``(batch_size, in_features)`` to ``(batch_size, out_features)``
-    """
-    if isinstance(stacked, nn.Sequential):
-        networks = zip(*(unstack_modules(layer, n_modules) for layer in stacked), strict=True)
-        return [partial(reduce, lambda x, layer: layer(x), layers) for layers in networks]
-    if isinstance(stacked, EnsembleLinear):
-        parameters = zip(stacked.weight.unbind(), stacked.bias.unbind(), strict=True)
-        return [partial(linear, weight=weight, bias=bias) for weight, bias in parameters]
-    if isinstance(stacked, EnsembleLayerNorm):
-        parameters = zip(stacked.weight.unbind(), stacked.bias.unbind(), strict=True)
-        norm = partial(nn.functional.layer_norm, normalized_shape=stacked.normalized_shape, eps=stacked.eps)
-        return [partial(norm, weight=weight, bias=bias) for weight, bias in parameters]
-    if isinstance(stacked, EnsembleModule):
-        return list(stacked.unstack())
-    return [stacked] * n_modules
 
 
 @contextmanager

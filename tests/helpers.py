@@ -1,19 +1,25 @@
 """Datasets, environments and small models that several test files share."""
 
+import platform
 from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import configure
 from torch import nn
 
-from sb3_off2on import Off2OnSAC, OfflineDataset, load_dataset
+from sb3_off2on import Off2OnSAC, OfflineDataset, load_dataset, onednn
 from sb3_off2on.buffers import BalancedReplayBufferSamples
 
+needs_onednn = pytest.mark.skipif(
+    onednn._ONEDNN_LINEAR is None or platform.machine().lower() not in ("x86_64", "amd64"),
+    reason="PyTorch's oneDNN for x86 is not on this machine",
+)
 OBS_DIM, ACTION_DIM = 3, 1
 IMAGE_SPACE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
 

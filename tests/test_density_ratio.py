@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from helpers import make_dataset, make_model
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_off2on.buffers import BalancedReplayBufferSamples
 from sb3_off2on.density_ratio import DensityRatio, density_ratio_loss, density_ratio_priority
@@ -96,7 +97,7 @@ class TestLoss:
     @pytest.mark.parametrize("online_share", [0.0, 0.5])
     def test_network_learns_the_ratio_of_two_gaussians(self, online_share: float) -> None:
         """Online states from N(1/2, 1) and actions of density (1 + a) / 2, offline ones from N(-1/2, 1) and uniform."""
-        n_steps, batch_size = 400, 512
+        n_steps, batch_size, learning_rate = 400, 512, 5e-3
         rng = np.random.default_rng(0)
 
         def online(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,12 +111,14 @@ class TestLoss:
             return offline_ratio / (1 - online_share + online_share * offline_ratio)
 
         th.manual_seed(0)
-        network = make_network(spaces.Box(-10, 10, (1,)), action_dim=1, net_arch=(32, 32), learning_rate=5e-3)
+        network = make_network(spaces.Box(-10, 10, (1,)), action_dim=1, net_arch=(32, 32))
 
         def estimate(states: np.ndarray, actions: np.ndarray) -> th.Tensor:
             return network(th.as_tensor(states, dtype=th.float32), th.as_tensor(actions, dtype=th.float32))
 
-        for _ in range(n_steps):
+        for step in range(n_steps):
+            # Down to 0, as the last steps' noise would be the larger part of the error
+            update_learning_rate(network.optimizer, learning_rate * (1 - step / n_steps))
             n_online = round(online_share * batch_size)
             reference = [np.concatenate(parts) for parts in zip(offline(batch_size - n_online), online(n_online), strict=True)]
             loss = density_ratio_loss(estimate(*online(batch_size)), estimate(*reference))
@@ -219,6 +222,12 @@ class TestNetwork:
         for row in range(5):
             expected = max(network.ratio(th.cat([features[row], actions[row]])).item(), 0)
             assert ratio[row].item() == pytest.approx(expected, abs=1e-5)
+
+        # Two batches in one pass
+        fewer, other_actions = observations(space, 3), th.rand(3, 2)
+        both = network.of_batches((obs, actions), (fewer, other_actions))
+        for part, expected_part in zip(both, (ratio, network(fewer, other_actions)), strict=True):
+            th.testing.assert_close(part, expected_part)
 
         density_ratio_loss(ratio, network(obs, th.zeros(5, 2))).backward()
         for name, parameter in network.named_parameters():

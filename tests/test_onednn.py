@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN beside PyTorch's own, and networks one by one beside the batched product."""
+"""Which products oneDNN takes, and layers without gradient."""
 
 import math
 import platform
@@ -11,31 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch as th
+from helpers import needs_onednn
 from torch import nn
 
 from sb3_off2on import onednn, stacking
-from sb3_off2on.onednn import describe_processor, linear, outruns_mkl, takes_onednn
-from sb3_off2on.stacking import frozen, stack_modules, unstack_modules
+from sb3_off2on.onednn import describe_processor, min_multiplications, product, takes_onednn
+from sb3_off2on.stacking import stack_modules
 
 assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-needs_onednn = pytest.mark.skipif(
-    onednn._ONEDNN_LINEAR is None or not IS_X86,
-    reason="PyTorch's oneDNN for x86 is not on this machine",
-)
-
-
-@pytest.fixture(autouse=True)
-def fast_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor for which oneDNN is the faster one."""
-    monkeypatch.setattr(onednn, "_OUTRUNS_MKL", IS_X86)
-
-
-@pytest.fixture
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products go the way of large ones."""
-    monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", 0)
 
 
 @pytest.fixture
@@ -58,22 +41,23 @@ LINUX = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 17"
 
 class TestProcessors:
     @pytest.mark.parametrize(
-        ("processor", "expected"),
+        ("processor", "capability", "expected"),
         [
-            (LINUX.format("AuthenticAMD", 25), False),  # Zen 4
-            (LINUX.format("AuthenticAMD", 26), True),  # Zen 5
-            (LINUX.format("GenuineIntel", 6), False),
-            (LINUX.format("GenuineIntel", 26), False),
-            ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", False),
-            ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", True),
-            ("Intel64 Family 6 Model 183 Stepping 1, GenuineIntel", False),
-            ("AuthenticAMD", False),
-            ("arm", False),
-            ("", False),
+            (LINUX.format("AuthenticAMD", 25), "AVX2", math.inf),  # Zen 3
+            (LINUX.format("AuthenticAMD", 25), "AVX512", 2**25),  # Zen 4
+            (LINUX.format("AuthenticAMD", 26), "AVX512", 2**22),  # Zen 5
+            (LINUX.format("GenuineIntel", 6), "AVX512", math.inf),
+            (LINUX.format("GenuineIntel", 26), "AVX512", math.inf),
+            ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "AVX512", 2**25),
+            ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", "AVX512", 2**22),
+            ("Intel64 Family 6 Model 183 Stepping 1, GenuineIntel", "AVX512", math.inf),
+            ("AuthenticAMD", "AVX512", math.inf),
+            ("arm", "DEFAULT", math.inf),
+            ("", "", math.inf),
         ],
     )
-    def test_on_which_onednn_is_much_faster(self, processor: str, expected: bool) -> None:
-        assert outruns_mkl(processor) is expected
+    def test_from_which_size_onednn_is_faster(self, processor: str, capability: str, expected: float) -> None:
+        assert min_multiplications(processor, capability) == expected
 
     @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="not on Linux")
     def test_description_on_linux(self) -> None:
@@ -86,92 +70,37 @@ class TestProcessors:
         assert describe_processor() == platform.processor()
 
 
-class TestLinear:
-    @needs_onednn
-    @pytest.mark.usefixtures("any_size")
-    @pytest.mark.parametrize(
-        ("batch_size", "in_features", "out_features"), [(256, 23, 64), (7, 5, 3), (1, 8, 1), (300, 64, 6)]
-    )
+@needs_onednn
+class TestProduct:
     @pytest.mark.parametrize("transposed", [False, True])
-    def test_is_pytorchs(self, batch_size: int, in_features: int, out_features: int, transposed: bool) -> None:
-        """Values and the three gradients, whatever the strides."""
-        shapes = ((batch_size, in_features), (out_features, in_features), (out_features,))
-        if transposed:
-            values = [th.randn(shape[::-1]).T if len(shape) == 2 else th.randn(shape) for shape in shapes]
-        else:
-            values = [th.randn(shape) for shape in shapes]
-        inputs = [value.requires_grad_() for value in values]
-        output, expected = linear(*inputs), nn.functional.linear(*inputs)
-        assert output.grad_fn is not None
-        assert "OneDNN" in output.grad_fn.name()
-        assert_close(output, expected)
-        weights = th.randn_like(expected)
-        for grad, expected_grad in zip(
-            th.autograd.grad((output * weights).sum(), inputs),
-            th.autograd.grad((expected * weights).sum(), inputs),
-            strict=True,
-        ):
-            assert_close(grad, expected_grad)
-        with th.no_grad():
-            assert_close(linear(*inputs), expected)
+    @pytest.mark.parametrize("relu", [False, True])
+    def test_is_numpys(self, transposed: bool, relu: bool) -> None:
+        x, y = ((th.randn(8, n).T if transposed else th.randn(n, 8)) for n in (16, 4))
+        bias = th.randn(4)
+        expected = x.numpy() @ y.numpy().T + bias.numpy()
+        assert_close(product(x, y, bias, relu), th.as_tensor(expected.clip(min=0) if relu else expected))
+        assert_close(product(x, y), th.as_tensor(x.numpy() @ y.numpy().T))
 
-    @needs_onednn
-    @pytest.mark.usefixtures("any_size")
-    @pytest.mark.parametrize("wanted", [0, 1, 2])
-    def test_only_the_gradients_that_are_wanted(self, wanted: int) -> None:
-        inputs = [th.randn(16, 8), th.randn(4, 8), th.randn(4)]
-        inputs[wanted].requires_grad_()
-        (grad,) = th.autograd.grad(linear(*inputs).square().sum(), inputs[wanted])
-        (expected,) = th.autograd.grad(nn.functional.linear(*inputs).square().sum(), inputs[wanted])
-        assert_close(grad, expected)
-
-    @needs_onednn
-    @pytest.mark.usefixtures("any_size")
-    def test_no_product_for_frozen_weights(self, dense: list[bool]) -> None:
-        """One for the output and one for the gradient to the input; ``backward(inputs=...)`` would take a third."""
-        layer = stack_modules([nn.Sequential(nn.Linear(8, 4)) for _ in range(3)])
-        x = th.randn(3, 16, 8, requires_grad=True)
-        with frozen(layer):
-            output = layer(x)
-        output.sum().backward()
-        assert x.grad is not None
-        assert len(dense) == 3 * 2
-
-    @needs_onednn
-    @pytest.mark.usefixtures("any_size")
-    def test_rows_of_a_wider_tensor(self, dense: list[bool]) -> None:
-        """As the features of several members in one tensor: oneDNN gets what it has fast code for."""
-        inputs = [th.randn(16, 24, requires_grad=True), th.randn(4, 8, requires_grad=True), th.randn(4)]
-        output, expected = (f(inputs[0][:, 8:16], *inputs[1:]) for f in (linear, nn.functional.linear))
-        assert_close(output, expected)
-        weights = th.randn_like(expected)
-        for grad, expected_grad in zip(
-            th.autograd.grad((output * weights).sum(), inputs[:2]),
-            th.autograd.grad((expected * weights).sum(), inputs[:2]),
-            strict=True,
-        ):
-            assert_close(grad, expected_grad)
-        assert dense == [True] * 3
-
-    @pytest.mark.usefixtures("any_size")
-    def test_what_onednn_does_not_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        x, weight, bias = th.randn(16, 8), th.randn(4, 8), th.randn(4)
-        assert not takes_onednn(x.double(), 1)
-        assert not takes_onednn(x.to("meta"), 1)
-        assert linear(x.double(), weight.double(), bias.double()).dtype == th.float64
-        monkeypatch.setattr(onednn, "_OUTRUNS_MKL", False)
-        assert not takes_onednn(x, 1)
-        monkeypatch.setattr(onednn, "_OUTRUNS_MKL", True)
+    def test_what_onednn_takes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 8)
+        x = th.randn(16, 8)
+        assert takes_onednn(x, 8)
+        assert not takes_onednn(x, 7)
+        assert not takes_onednn(x.double(), 8)
+        assert not takes_onednn(x.to("meta"), 8)
         monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", None)
-        assert not takes_onednn(x, 1)
-        assert th.equal(linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+        assert not takes_onednn(x, 8)
 
-    def test_small_products_are_left_to_pytorch(self) -> None:
-        rows = onednn.MIN_MULTIPLICATIONS // (8 * 4)
-        inputs = th.zeros(rows - 1, 8, requires_grad=True), th.zeros(4, 8), th.zeros(4)
-        output = linear(*inputs)
-        assert output.grad_fn is not None
-        assert "OneDNN" not in output.grad_fn.name()
+    def test_compiled_code_chooses_for_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+        seen: list[bool] = []
+
+        def look(x: th.Tensor) -> th.Tensor:
+            seen.append(takes_onednn(x, 1))
+            return x + 1
+
+        th.compile(look, backend="eager")(th.zeros(1))
+        assert seen == [False]
 
 
 class TestWithoutGradient:
@@ -200,96 +129,3 @@ class TestWithoutGradient:
         expected = np.einsum("nri,noi->nro", observations.numpy(), weight) + bias[:, None]
         assert_close(output, th.as_tensor(expected))
         assert dense == ([True] * 3 if by_onednn and observations.shape[1] >= self.ROWS else [])
-
-
-NETWORKS: dict[str, Any] = {
-    "relu": lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)),
-    "layer-norm": lambda: nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 1)),
-    "tanh": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh()),
-    "prelu": lambda: nn.Sequential(nn.Linear(5, 16), nn.PReLU(), nn.Linear(16, 2)),
-}
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_networks_without_gradient(network: str) -> None:
-    """Layers whose inputs lie transposed."""
-    stacked = stack_modules([NETWORKS[network]() for _ in range(3)])
-    x = th.randn(3, stacking.MIN_ROWS_WEIGHTS_FIRST, 5)
-    with th.no_grad():
-        output = stacked(x)
-    assert_close(output, stacked(x))
-
-
-class TestOneByOne:
-    """The batched product has no oneDNN in it."""
-
-    @needs_onednn
-    @pytest.mark.parametrize("network", NETWORKS)
-    def test_is_the_batched_product(self, monkeypatch: pytest.MonkeyPatch, network: str) -> None:
-        stacked = stack_modules([NETWORKS[network]() for _ in range(3)])
-        x = th.randn(3, 12, 5, requires_grad=True)
-        inputs = [x, *stacked.parameters()]
-
-        def run() -> tuple[th.Tensor, ...]:
-            output = stacked(x)
-            return output, *th.autograd.grad(output.square().sum(), inputs)
-
-        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", math.inf)
-        expected = run()
-        monkeypatch.setattr(stacking, "MIN_MULTIPLICATIONS_PER_THREAD", 0)
-        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
-        calls = []
-
-        def recording_unstack(module: nn.Module, n_modules: int) -> Any:
-            calls.append(n_modules)
-            return unstack_modules(module, n_modules)
-
-        monkeypatch.setattr(stacking, "unstack_modules", recording_unstack)
-        for value, expected_value in zip(run(), expected, strict=True):
-            assert_close(value, expected_value)
-        assert 3 in calls
-
-    @pytest.mark.parametrize("n_threads", [1, 2])
-    def test_only_where_layers_are_large(self, monkeypatch: pytest.MonkeyPatch, n_threads: int) -> None:
-        calls: list[int] = []
-
-        def recording_unstack(module: nn.Module, n_modules: int) -> Any:
-            calls.append(n_modules)
-            return unstack_modules(module, n_modules)
-
-        monkeypatch.setattr(stacking, "takes_onednn", lambda *_: True)
-        monkeypatch.setattr(stacking, "unstack_modules", recording_unstack)
-        monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
-        stacked = stack_modules([nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)) for _ in range(2)])
-        enough = n_threads * stacking.MIN_MULTIPLICATIONS_PER_THREAD // (8 * 64)
-        stacked(th.zeros(2, enough - 1, 8))
-        assert not calls
-        stacked(th.zeros(2, enough, 8))
-        assert calls
-
-    def test_a_network_without_linear_layers(self) -> None:
-        assert stack_modules([nn.Sequential(nn.Flatten())] * 2)(th.ones(2, 3, 4)).shape[0] == 2
-
-    @pytest.mark.filterwarnings("ignore")  # of PyTorch: this tracer is deprecated
-    @pytest.mark.parametrize("rows", [8, 64])
-    def test_traced_code_has_the_batched_product(self, rows: int) -> None:
-        """Weights that oneDNN would take, and rows for which they would be the first factor."""
-        stacked = stack_modules([nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)) for _ in range(2)])
-        x = th.randn(2, rows, 256)
-        with th.no_grad():
-            expected = stacked(x)
-            assert_close(th.jit.trace(stacked, x)(x), expected)
-            exported = th.export.export(stacked, (x,), dynamic_shapes=({1: th.export.Dim("batch", max=4096)},))
-            assert_close(exported.module()(x), expected)
-
-    @needs_onednn
-    def test_compiled_code_has_the_batched_product(self) -> None:
-        """PyTorch's compiler chooses for itself."""
-        seen: list[bool] = []
-
-        def look(x: th.Tensor) -> th.Tensor:
-            seen.append(takes_onednn(x, onednn.MIN_MULTIPLICATIONS))
-            return x + 1
-
-        th.compile(look, backend="eager")(th.zeros(1))
-        assert seen == [False]

@@ -1,0 +1,353 @@
+"""Networks one by one beside the formula in NumPy, PyTorch's own gradient, and the batched product."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import needs_onednn
+from torch import nn
+
+from sb3_off2on import mlp, onednn, stacking
+from sb3_off2on.mlp import is_faster_one_by_one, stacked_mlp, stacked_mlp_of_many
+from sb3_off2on.stacking import EnsembleSequential, frozen, stack_modules
+
+N_NETWORKS, BATCH_SIZE = 3, 16
+assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
+
+
+@pytest.fixture(params=["MKL", pytest.param("oneDNN", marks=needs_onednn)])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Either library for products of any size."""
+    monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 1 if request.param == "oneDNN" else math.inf)
+    return request.param
+
+
+def make_parameters(sizes: list[int]) -> tuple[list[th.Tensor], list[th.Tensor]]:
+    layers = list(pairwise(sizes))
+    weights = [th.randn(N_NETWORKS, n_out, n_in).div_(math.sqrt(n_in)).requires_grad_() for n_in, n_out in layers]
+    return weights, [th.randn(N_NETWORKS, n_out).requires_grad_() for _, n_out in layers]
+
+
+def plain(x: th.Tensor, weights: list[th.Tensor], biases: list[th.Tensor], relu_last: bool = False) -> th.Tensor:
+    """With the gradient that PyTorch derives."""
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = th.einsum("nri,noi->nro", x, weight) + bias.unsqueeze(1)
+        x = th.relu(x) if relu_last or index < len(weights) - 1 else x
+    return x
+
+
+# The inputs of a critic, features as wide as the layer, and one layer alone; narrow and wide, as MKL's products differ
+SIZES = [[5, 32, 32, 1], [32, 32, 6], [30, 40, 2, 24], [7, 1], [24, 30], [1, 1, 1]]
+
+
+class TestStackedMLP:
+    @pytest.mark.usefixtures("library")
+    @pytest.mark.parametrize("relu_last", [False, True])
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_is_the_formula(self, sizes: list[int], relu_last: bool) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, sizes[0]), make_parameters(sizes)
+        expected = x.double().numpy()
+        for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            expected = np.einsum("nri,noi->nro", expected, weight.detach().numpy()) + bias.detach().numpy()[:, None]
+            expected = expected.clip(min=0) if relu_last or index < len(weights) - 1 else expected
+        assert_close(stacked_mlp(x, weights, biases, relu_last).double(), th.as_tensor(expected))
+        with th.no_grad():
+            assert_close(stacked_mlp(x, weights, biases, relu_last).double(), th.as_tensor(expected))
+
+    @pytest.mark.usefixtures("library")
+    @pytest.mark.parametrize("relu_last", [False, True])
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_gradient_is_pytorchs(self, sizes: list[int], relu_last: bool) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, sizes[0], requires_grad=True), make_parameters(sizes)
+        self.check_gradient(x, weights, biases, relu_last)
+
+    # All, most, and few rows have a gradient; one network has none
+    @pytest.mark.parametrize("shares", [(1, 1, 1), (0.9, 0.9, 0.5), (0.2, 0, 1)], ids=str)
+    @pytest.mark.parametrize("relu_last", [False, True])
+    @pytest.mark.usefixtures("library")
+    def test_rows_without_a_gradient(self, shares: tuple[float, ...], relu_last: bool) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 32, 32, 1])
+        rows = th.stack([th.randperm(BATCH_SIZE) < share * BATCH_SIZE for share in shares])
+        self.check_gradient(x, weights, biases, relu_last, rows.unsqueeze(2))
+
+    @pytest.mark.usefixtures("library")
+    def test_minimum_of_two_critics(self) -> None:
+        """As the actor's loss has it: the gradient to the inputs alone."""
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 32, 32, 1])
+        weights, biases = ([tensor.detach() for tensor in part] for part in (weights, biases))
+        grads = [th.autograd.grad(f(x, weights, biases).min(dim=0).values.mean(), x)[0] for f in (stacked_mlp, plain)]
+        assert (grads[0] == 0).all(dim=2).sum() == (N_NETWORKS - 1) * BATCH_SIZE
+        assert_close(*grads)
+
+    @pytest.mark.parametrize("network", range(N_NETWORKS))
+    def test_nan_is_not_left_out(self, network: int) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 1])
+        grad = th.zeros(N_NETWORKS, BATCH_SIZE, 1)
+        grad[network, 3] = math.nan
+        grads = th.autograd.grad(stacked_mlp(x, weights, biases), weights, grad)
+        for weight_grad in grads:
+            assert weight_grad.isnan().flatten(1).any(dim=1).tolist() == [index == network for index in range(N_NETWORKS)]
+
+    WANTED: ClassVar[dict[str, list[int]]] = {"input": [0], "weights": [1, 2], "biases": [3, 4], "last layer": [2, 4]}
+
+    @pytest.mark.usefixtures("library")
+    @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+    def test_only_what_is_wanted(self, wanted: list[int]) -> None:
+        weights, biases = make_parameters([5, 32, 2])
+        inputs = [tensor.detach() for tensor in (th.randn(N_NETWORKS, BATCH_SIZE, 5), *weights, *biases)]
+        for index in wanted:
+            inputs[index].requires_grad_()
+        grads = [
+            th.autograd.grad(f(inputs[0], inputs[1:3], inputs[3:]).square().sum(), [inputs[index] for index in wanted])
+            for f in (stacked_mlp, plain)
+        ]
+        for grad, expected in zip(*grads, strict=True):
+            assert_close(grad, expected)
+
+    @needs_onednn
+    def test_no_product_for_frozen_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two for the outputs and two for the gradient to the inputs; with those to the weights there are six."""
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+        calls = count_products(monkeypatch)
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 8, 2])
+        stacked_mlp(x, [weight.detach() for weight in weights], [bias.detach() for bias in biases]).sum().backward()
+        assert x.grad is not None
+        assert len(calls) == N_NETWORKS * 4
+        stacked_mlp(x, weights, biases).sum().backward()
+        assert len(calls) == N_NETWORKS * (4 + 6)
+
+    INPUTS: ClassVar[dict[str, Callable[[], th.Tensor]]] = {
+        "transposed": lambda: th.randn(N_NETWORKS, 8, BATCH_SIZE).transpose(1, 2),
+        "same-for-all": lambda: th.randn(BATCH_SIZE, 8).expand(N_NETWORKS, -1, -1),
+        "part-of-wider-rows": lambda: th.randn(N_NETWORKS, BATCH_SIZE, 24)[..., 8:16],
+    }
+
+    @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+    def test_strides(self, library: str, monkeypatch: pytest.MonkeyPatch, x: Callable[[], th.Tensor]) -> None:
+        """oneDNN gets what it has fast code for."""
+        calls = count_products(monkeypatch)
+        self.check_gradient(x().requires_grad_(), *make_parameters([8, 32, 2]))
+        assert len(calls) == (N_NETWORKS * 6 if library == "oneDNN" else 0)
+        assert all(second.is_contiguous() or second.T.is_contiguous() for second in calls)
+
+    def test_other_dtypes(self) -> None:
+        weights, biases = make_parameters([5, 32, 2])
+        x, *parameters = (tensor.detach().double() for tensor in (th.randn(N_NETWORKS, BATCH_SIZE, 5), *weights, *biases))
+        self.check_gradient(x.requires_grad_(), [w.requires_grad_() for w in parameters[:2]], parameters[2:])
+
+    def check_gradient(
+        self,
+        x: th.Tensor,
+        weights: list[th.Tensor],
+        biases: list[th.Tensor],
+        relu_last: bool = False,
+        rows: th.Tensor | None = None,
+    ) -> None:
+        inputs = [tensor for tensor in (x, *weights, *biases) if tensor.requires_grad]
+        outputs = [f(x, weights, biases, relu_last) for f in (stacked_mlp, plain)]
+        grad = th.randn_like(outputs[0]) if rows is None else th.randn_like(outputs[0]) * rows
+        for value, expected in zip(*(th.autograd.grad(output, inputs, grad) for output in outputs), strict=True):
+            assert value.is_contiguous()
+            assert_close(value, expected)
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
+    """:return: second factor of each product by oneDNN, from now on"""
+    calls: list[th.Tensor] = []
+
+    def recording_product(x: th.Tensor, y: th.Tensor, *args: Any) -> th.Tensor:
+        calls.append(y)
+        return onednn.product(x, y, *args)
+
+    monkeypatch.setattr(mlp, "product", recording_product)
+    return calls
+
+
+class TestOfMany:
+    @pytest.mark.usefixtures("library")
+    @pytest.mark.parametrize("rows_at_once", [1, BATCH_SIZE, 3 * BATCH_SIZE + 1, 1000])
+    @pytest.mark.parametrize("n_many", [1, 7])
+    @pytest.mark.parametrize("sizes", [[5, 32, 1], [5, 32, 24, 2]], ids=str)
+    def test_is_stacked_mlp(self, sizes: list[int], n_many: int, rows_at_once: int) -> None:
+        x, many = th.randn(N_NETWORKS, BATCH_SIZE, 3), th.randn(N_NETWORKS, n_many, BATCH_SIZE, 2)
+        weights, biases = make_parameters(sizes)
+        with th.no_grad():
+            output = stacked_mlp_of_many(x, many, weights, biases, rows_at_once)
+            expected = [plain(th.cat([x, many[:, index]], dim=2), weights, biases) for index in range(n_many)]
+        assert_close(output, th.stack(expected, dim=1))
+
+
+class TestWhichIsFaster:
+    N_WEIGHTS = 2**16
+
+    def decide(self, rows: int, with_gradient: bool = True) -> bool:
+        with th.set_grad_enabled(with_gradient):
+            return is_faster_one_by_one(th.zeros(2, rows, 1), self.N_WEIGHTS)
+
+    @pytest.mark.parametrize(
+        ("n_threads", "min_multiplications", "expected"),
+        [
+            (1, math.inf, mlp.MIN_MULTIPLICATIONS),
+            (2, math.inf, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
+            (4, math.inf, 4 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
+            (2, 0, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["oneDNN"]),
+        ],
+    )
+    def test_from_which_size(
+        self, monkeypatch: pytest.MonkeyPatch, n_threads: int, min_multiplications: float, expected: int
+    ) -> None:
+        monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", min_multiplications)
+        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", lambda *_: None)
+        assert self.decide(expected // self.N_WEIGHTS)
+        assert not self.decide(expected // self.N_WEIGHTS - 1)
+
+    def test_predictions_are_batched(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(th, "get_num_threads", lambda: 1)
+        assert self.decide(mlp.MIN_ROWS_WITHOUT_GRADIENT - 1)
+        assert not self.decide(mlp.MIN_ROWS_WITHOUT_GRADIENT - 1, with_gradient=False)
+        assert self.decide(mlp.MIN_ROWS_WITHOUT_GRADIENT, with_gradient=False)
+
+    def test_an_accelerator_has_batched_products(self) -> None:
+        assert not is_faster_one_by_one(th.zeros(2, 10_000, 1, device="meta"), self.N_WEIGHTS)
+
+
+NETWORKS: dict[str, Any] = {
+    "relu": lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)),
+    "relu-last": lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()),
+    "layer-norm": lambda: nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 1)),
+    "tanh": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh()),
+    "prelu": lambda: nn.Sequential(nn.Linear(5, 16), nn.PReLU(), nn.Linear(16, 2)),
+    "two-linear": lambda: nn.Sequential(nn.Linear(5, 16), nn.Linear(16, 2), nn.ReLU()),
+    "no-bias": lambda: nn.Sequential(nn.Linear(5, 16, bias=False), nn.ReLU(), nn.Linear(16, 2)),
+}
+
+
+class TestStackedModules:
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
+        """Inputs of networks one by one."""
+        calls: list[th.Tensor] = []
+
+        def recording_mlp(x: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
+            calls.append(x)
+            return stacked_mlp(x, *args, **kwargs)
+
+        monkeypatch.setattr(stacking, "stacked_mlp", recording_mlp)
+        return calls
+
+    @pytest.fixture
+    def switch(self, monkeypatch: pytest.MonkeyPatch, calls: list[th.Tensor]) -> Callable[[bool], list[th.Tensor]]:
+        """Networks one by one whatever their size, or never; the inputs of those one by one are returned."""
+
+        def switch(one_by_one: bool) -> list[th.Tensor]:
+            monkeypatch.setattr(stacking, "is_faster_one_by_one", lambda *_: one_by_one)
+            return calls
+
+        return switch
+
+    @pytest.mark.usefixtures("library")
+    @pytest.mark.parametrize("network", NETWORKS)
+    def test_is_the_batched_product(self, switch: Callable[[bool], list[th.Tensor]], network: str) -> None:
+        stacked = stack_modules([NETWORKS[network]() for _ in range(N_NETWORKS)])
+        x = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True)
+
+        def run() -> tuple[th.Tensor, ...]:
+            output = stacked(x)
+            with th.no_grad():
+                assert_close(stacked(x), output)
+            return output, *th.autograd.grad(output.square().sum(), [x, *stacked.parameters()])
+
+        assert not switch(False)
+        expected = run()
+        calls = switch(True)
+        for value, expected_value in zip(run(), expected, strict=True):
+            assert_close(value, expected_value)
+        # Twice: all layers at once, or each linear layer
+        assert len(calls) == 2 * (1 if network.startswith("relu") else len(list(linear_layers(stacked))))
+
+    @pytest.mark.parametrize("network", ["relu", "relu-last", "tanh"])
+    def test_heads(self, switch: Callable[[bool], list[th.Tensor]], network: str) -> None:
+        stacked: Any = stack_modules([NETWORKS[network]() for _ in range(N_NETWORKS)])
+        x = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True)
+        heads = [stack_modules([nn.Linear(stacked(x).shape[2], n) for _ in range(N_NETWORKS)]) for n in (2, 3)]
+        inputs = [x, *(parameter for module in (stacked, *heads) for parameter in module.parameters())]
+
+        def run() -> tuple[th.Tensor, ...]:
+            outputs = stacked.with_heads(x, *heads)
+            return *outputs, *th.autograd.grad(sum(output.square().sum() for output in outputs), inputs)
+
+        switch(False)
+        expected = run()
+        calls = switch(True)
+        for value, expected_value in zip(run(), expected, strict=True):
+            assert_close(value, expected_value)
+        # Together if the network is an MLP that ends in a ReLU
+        assert len(calls) == {"relu": 3, "relu-last": 1, "tanh": 4}[network]
+
+    def test_heads_of_another_kind(self, switch: Callable[[bool], list[th.Tensor]]) -> None:
+        stacked: Any = stack_modules([NETWORKS["relu-last"]() for _ in range(N_NETWORKS)])
+        head = stack_modules([nn.Sequential(nn.Linear(16, 2), nn.Tanh()) for _ in range(N_NETWORKS)])
+        x = th.randn(N_NETWORKS, BATCH_SIZE, 5)
+        switch(True)
+        (output,) = stacked.with_heads(x, head)
+        assert_close(output, head(stacked(x)))
+
+    def test_frozen_networks(self, switch: Callable[[bool], list[th.Tensor]]) -> None:
+        stacked = stack_modules([NETWORKS["relu"]() for _ in range(N_NETWORKS)])
+        switch(True)
+        x = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True)
+        with frozen(stacked):
+            output = stacked(x)
+        output.sum().backward()
+        assert x.grad is not None
+        assert all(parameter.grad is None for parameter in stacked.parameters())
+
+    def test_a_network_without_linear_layers(self) -> None:
+        assert stack_modules([nn.Sequential(nn.Flatten())] * 2)(th.ones(2, 3, 4)).shape[0] == 2
+
+    def test_rows_of_a_prediction(self) -> None:
+        """Layers whose inputs lie transposed."""
+        for make in NETWORKS.values():
+            stacked = stack_modules([make() for _ in range(N_NETWORKS)])
+            x = th.randn(N_NETWORKS, stacking.MIN_ROWS_WEIGHTS_FIRST, 5)
+            with th.no_grad():
+                output = stacked(x)
+            assert_close(output, stacked(x))
+
+    @pytest.mark.filterwarnings("ignore")  # of PyTorch: this tracer is deprecated
+    @pytest.mark.parametrize("rows", [8, 64, 512])
+    def test_traced_code_has_the_batched_product(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+        """Rows for which weights would be the first factor, and rows for which networks would be taken one by one."""
+        monkeypatch.setattr(th, "get_num_threads", lambda: 1)
+        stacked = stack_modules([nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)) for _ in range(2)])
+        x = th.randn(2, rows, 256)
+        with th.no_grad():
+            expected = stacked(x)
+            assert_close(th.jit.trace(stacked, x)(x), expected)
+            exported = th.export.export(stacked, (x,), dynamic_shapes=({1: th.export.Dim("batch", max=4096)},))
+            assert_close(exported.module()(x), expected)
+
+    def test_compiled_networks_stay_compiled(self, monkeypatch: pytest.MonkeyPatch, calls: list[th.Tensor]) -> None:
+        """With heads as well, which are not part of what is compiled."""
+        monkeypatch.setattr(mlp, "MIN_MULTIPLICATIONS", 0)
+        monkeypatch.setattr(mlp, "MIN_MULTIPLICATIONS_PER_THREAD", {"MKL": 0, "oneDNN": 0})
+        stacked = stack_modules([NETWORKS["relu-last"]() for _ in range(N_NETWORKS)])
+        assert isinstance(stacked, EnsembleSequential)
+        head = stack_modules([nn.Linear(16, 2) for _ in range(N_NETWORKS)])
+        x = th.randn(N_NETWORKS, BATCH_SIZE, 5)
+        expected = stacked.with_heads(x, head)[0]
+        assert len(calls) == 1
+        stacked.compile(backend="eager")
+        assert_close(stacked.with_heads(x, head)[0], expected)
+        assert len(calls) == 2
+        assert calls[1].shape[2] == 16  # the head's
+
+
+def linear_layers(stacked: nn.Module) -> list[nn.Module]:
+    return [layer for layer in stacked.modules() if isinstance(layer, stacking.EnsembleLinear)]

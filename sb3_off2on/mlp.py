@@ -1,6 +1,6 @@
 """
-N networks of linear layers and ReLU on a processor, one after the other: what a network has in the cache is used again, where
-a product over all networks at once goes through the memory of all for each layer.
+N networks of linear layers and ReLU on a processor, with a gradient of their own. Where that is faster, one network comes
+after the other: what it has in the cache is used again, where a product over all networks goes through the memory of all.
 """
 
 from collections.abc import Sequence
@@ -9,29 +9,25 @@ from typing import Any
 import torch as th
 from torch.autograd.function import once_differentiable
 
-from sb3_off2on.onednn import is_traced, product, takes_onednn
+from sb3_off2on.onednn import product, takes_onednn
 
-# Multiplications of the largest layer from which one by one takes less time than batched products with one thread ...
+# Multiplications of the largest layer from which one network after the other is faster than all together, with one thread ...
 MIN_MULTIPLICATIONS = 2**19
 # ... and, for each of several, which have networks of their own in a batched product, where MKL or oneDNN multiplies
 MIN_MULTIPLICATIONS_PER_THREAD = {"MKL": 2**24, "oneDNN": 7 * 2**20}
-# Rows of a batch from which this holds without gradient. Fewer are predictions, see `stacked_linear`
-MIN_ROWS_WITHOUT_GRADIENT = 128
 # Share of rows with a gradient, up to which it pays to gather them
 MAX_SHARE_GATHERED = 0.75
 # Numbers in a row of a product, below which MKL is slow
 MIN_ROW_LENGTH = 24
 
 
-def is_faster_one_by_one(x: th.Tensor, n_weights: int) -> bool:
+def is_faster_one_by_one(x: th.Tensor, weights: Sequence[th.Tensor]) -> bool:
     """
     :param x: input of the networks, shape ``(n_networks, batch_size, in_features)``
-    :param n_weights: of one network's largest layer
-    :return: whether ``stacked_mlp`` takes less time than a batched product for each layer
+    :param weights: those of each layer, shape ``(n_networks, out_features, in_features)``
+    :return: whether one network after the other takes less time than products over all networks
     """
-    if is_traced() or x.device.type != "cpu" or (x.shape[1] < MIN_ROWS_WITHOUT_GRADIENT and not th.is_grad_enabled()):
-        return False
-    multiplications, n_threads = x.shape[1] * n_weights, th.get_num_threads()
+    multiplications, n_threads = x.shape[1] * max(weight[0].numel() for weight in weights), th.get_num_threads()
     if n_threads == 1:
         return multiplications >= MIN_MULTIPLICATIONS
     by = "oneDNN" if takes_onednn(x, multiplications) else "MKL"
@@ -40,7 +36,7 @@ def is_faster_one_by_one(x: th.Tensor, n_weights: int) -> bool:
 
 def stacked_mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor], relu_last: bool = False) -> th.Tensor:
     """
-    Linear layers of N networks, with a ReLU after each but the last, where it is an option.
+    Linear layers of N networks, with a ReLU after each but the last, where it is an option. The gradient can be taken once.
 
     :param x: shape ``(n_networks, batch_size, in_features)``
     :param weights: of each layer, shape ``(n_networks, out_features, in_features)``
@@ -67,96 +63,143 @@ def stacked_mlp_of_many(
     """
     n_many, batch_size = many.shape[1:3]
     weight_of_x, weight_of_many = weights[0].split([x.shape[2], many.shape[3]], dim=2)
-    of_x = th.baddbmm(biases[0].unsqueeze(1), x, weight_of_x.transpose(1, 2))  # (n_networks, batch_size, n_units)
+    of_x = _linear(x, weight_of_x, biases[0])  # (n_networks, batch_size, n_units)
     outputs = []
-    for network_x, network_many, weight, *layers in zip(
-        *(tensor.unbind() for tensor in (of_x, many, weight_of_many.transpose(1, 2), *weights[1:], *biases[1:])), strict=True
-    ):
-        for part in network_many.split(max(rows_at_once // batch_size, 1)):
-            hidden = th.baddbmm(network_x.expand(len(part), -1, -1), part, weight.expand(len(part), -1, -1)).relu_()
-            outputs.append(_mlp(hidden.flatten(0, 1), layers[: len(weights) - 1], layers[len(weights) - 1 :])[-1])
+    for index in range(len(x)):
+        layer_weights, layer_biases = ([stacked[index] for stacked in later[1:]] for later in (weights, biases))
+        for part in many[index].split(max(rows_at_once // batch_size, 1)):  # (n, batch_size, many_features)
+            of_part, weight = (tensor.expand(len(part), -1, -1) for tensor in (of_x[index], weight_of_many[index].T))
+            hidden = th.baddbmm(of_part, part, weight).relu_()
+            outputs.append(_mlp(hidden.flatten(0, 1), layer_weights, layer_biases)[-1])
     return th.cat(outputs).view(len(x), n_many, batch_size, -1)
 
 
+def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool = False) -> th.Tensor:
+    """A layer of all networks, with shapes as in ``stacked_mlp``, or of one, without the first axis."""
+    if x.dim() == 3:
+        y = th.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    elif takes_onednn(x, x.numel() * len(weight)):
+        return product(x, weight, bias, relu)
+    else:
+        y = th.addmm(bias, x, weight.T)
+    return y.relu_() if relu else y
+
+
 def _mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor], relu_last: bool = False) -> list[th.Tensor]:
-    """One network without gradient: as ``stacked_mlp`` without the first axis; the outputs of all layers."""
+    """The outputs of each layer, see ``_linear``."""
     outputs = []
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
-        has_relu = number < len(weights) or relu_last
-        if takes_onednn(x, x.numel() * len(weight)):
-            x = product(x, weight, bias, has_relu)
-        else:
-            x = th.addmm(bias, x, weight.T)
-            x = x.relu_() if has_relu else x
+        x = _linear(x, weight, bias, relu=number < len(weights) or relu_last)
         outputs.append(x)
     return outputs
 
 
-def _write_product(x: th.Tensor, y: th.Tensor, out: th.Tensor) -> None:
+def _product(x: th.Tensor, y: th.Tensor, out: th.Tensor | None = None) -> th.Tensor:
     """
-    :param x: shape ``(n, features)``
-    :param y: shape ``(m, features)``
-    :param out: gets ``x @ y.T``, shape ``(n, m)``
+    ``x @ y.T``.
+
+    :param x: shape ``(..., n, features)``, of all networks or of one
+    :param y: shape ``(..., m, features)``
+    :param out: where it is to be written, if that is given
+    :return: shape ``(..., n, m)``
     """
-    if takes_onednn(x, x.numel() * len(y)):
-        out.copy_(product(x, y))
-    elif len(y) < MIN_ROW_LENGTH:
-        out.copy_(th.mm(y, x.T).T)
+    if x.dim() == 2 and takes_onednn(x, x.numel() * len(y)):
+        result = product(x, y)
+    elif out is not None and y.shape[-2] < MIN_ROW_LENGTH:
+        result = _product(y, x).mT
     else:
-        th.mm(x, y.T, out=out)
+        return (th.mm if x.dim() == 2 else th.bmm)(x, y.mT, out=out)
+    return result if out is None else out.copy_(result)
+
+
+def _split(tensor: th.Tensor, one_by_one: bool) -> Sequence[th.Tensor]:
+    """:return: one network after the other, without the first axis, or all as one"""
+    return tensor.unbind() if one_by_one else (tensor,)
+
+
+def _rows_with_gradient(grad: th.Tensor, one_by_one: bool) -> list[th.Tensor | None]:
+    """
+    Where the smaller of two critics is learned from, each row has a gradient to one of them only.
+
+    :param grad: gradient to the outputs, shape ``(n_networks, batch_size, out_features)``
+    :param one_by_one: see ``_split``
+    :return: of each network, or once of all, the rows that have a gradient, shape ``(..., n_rows)``, or ``None`` if it does
+        not pay to gather them. Of all, there are as many of each as of the one with the most, counted through
+    """
+    n_networks, batch_size = grad.shape[:2]
+    none: list[th.Tensor | None] = [None] * (n_networks if one_by_one else 1)
+    if grad.shape[2] > 1:  # as of actors, whose rows all have one
+        return none
+    has_grad = grad.squeeze(2) != 0
+    n_rows = has_grad.sum(dim=1).tolist()
+    most = MAX_SHARE_GATHERED * batch_size
+    if (min if one_by_one else max)(n_rows) > most:
+        return none
+    order = has_grad.sort(dim=1, descending=True).indices
+    if one_by_one:
+        return [rows[:n] if n <= most else None for rows, n in zip(order, n_rows, strict=True)]
+    return [order[:, : max(n_rows)] + batch_size * th.arange(n_networks).unsqueeze(1)]
+
+
+def _gather(x: th.Tensor, rows: th.Tensor) -> th.Tensor:
+    """
+    :param x: shape ``(..., batch_size, features)``
+    :param rows: see ``_rows_with_gradient``
+    :return: shape ``(..., n_rows, features)``
+    """
+    return x.flatten(0, -2).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
 class _StackedMLP(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, relu_last: bool, *parameters: th.Tensor) -> th.Tensor:
         n_layers = len(parameters) // 2
+        ctx.relu_last = relu_last
+        ctx.one_by_one = is_faster_one_by_one(x, parameters[:n_layers])
         outputs, kept = [], []
-        for network_x, *network in zip(x.unbind(), *(stacked.unbind() for stacked in parameters), strict=True):
+        for network_x, *network in zip(*(_split(tensor, ctx.one_by_one) for tensor in (x, *parameters)), strict=True):
             layer_outputs = _mlp(network_x, network[:n_layers], network[n_layers:], relu_last)
             outputs.append(layer_outputs[-1])
             if any(ctx.needs_input_grad):
                 kept += layer_outputs if relu_last else layer_outputs[:-1]
-        ctx.relu_last = relu_last
         ctx.save_for_backward(x, *parameters[:n_layers], *kept)
-        return th.stack(outputs)
+        return th.stack(outputs) if ctx.one_by_one else outputs[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        wants_x, _, *wants_parameters = ctx.needs_input_grad
-        n_layers = len(wants_parameters) // 2
+        wants_x, _, *wanted = ctx.needs_input_grad
+        n_layers = len(wanted) // 2
+        n_kept = n_layers if ctx.relu_last else n_layers - 1
         weights, kept = saved[:n_layers], saved[n_layers:]
-        n_networks, batch_size = x.shape[:2]
-        n_kept = len(kept) // n_networks
-        grad_x = x.new_zeros(x.shape) if wants_x else None
-        shapes = [weight.shape for weight in weights] + [weight.shape[:2] for weight in weights]
-        grads = [x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, wants_parameters, strict=True)]
+        shapes = [x.shape, *(weight.shape for weight in weights), *(weight.shape[:2] for weight in weights)]
+        grads = [x.new_empty(shape) if wants else None for shape, wants in zip(shapes, (wants_x, *wanted), strict=True)]
+        if grads[0] is not None:
+            grads[0].zero_()  # as rows without a gradient are left out
 
-        # Where the smaller of two critics is learned from, each row has a gradient to one of them only
-        has_grad = grad.squeeze(2) != 0 if grad.shape[2] == 1 else None
-        n_rows = [batch_size] * n_networks if has_grad is None else has_grad.sum(dim=1).tolist()
-        for network, y_grad in enumerate(grad.unbind()):
-            inputs = [x[network].contiguous(), *kept[network * n_kept : (network + 1) * n_kept]]  # of each layer
-            rows = None
-            if has_grad is not None and n_rows[network] <= MAX_SHARE_GATHERED * batch_size:
-                rows = has_grad[network].nonzero().squeeze(1)
-                y_grad, *inputs = (tensor.index_select(0, rows) for tensor in (y_grad, *inputs))
+        rows_with_gradient = _rows_with_gradient(grad, ctx.one_by_one)
+        for index, (y_grad, rows) in enumerate(zip(_split(grad, ctx.one_by_one), rows_with_gradient, strict=True)):
+            which = index if ctx.one_by_one else slice(None)
+            x_grad, *network_grads = (None if stacked is None else stacked[which] for stacked in grads)
+            # Of each layer, (..., batch_size, in_features)
+            inputs = [x[which].contiguous(), *kept[index * n_kept : (index + 1) * n_kept]]
+            if rows is not None:
+                y_grad, *inputs = (_gather(tensor, rows) for tensor in (y_grad, *inputs))
             if ctx.relu_last:
                 y_grad = th.ops.aten.threshold_backward(y_grad, inputs[-1], 0)
             for layer in reversed(range(n_layers)):
-                weight, grad_weight, grad_bias = weights[layer][network], grads[layer], grads[n_layers + layer]
-                if grad_weight is not None:
-                    _write_product(y_grad.T, inputs[layer].T, out=grad_weight[network])
-                if grad_bias is not None:
-                    th.sum(y_grad, 0, out=grad_bias[network])
+                weight, weight_grad, bias_grad = weights[layer][which], network_grads[layer], network_grads[n_layers + layer]
+                if weight_grad is not None:
+                    _product(y_grad.mT, inputs[layer].mT, out=weight_grad)
+                if bias_grad is not None:
+                    th.sum(y_grad, -2, out=bias_grad)
                 if layer > 0:
-                    by_onednn = takes_onednn(y_grad, len(y_grad) * weight.numel())
-                    y_grad = product(y_grad, weight.T) if by_onednn else th.mm(y_grad, weight)
+                    y_grad = _product(y_grad, weight.mT)
                     y_grad = th.ops.aten.threshold_backward(y_grad, inputs[layer], 0)
-            if grad_x is not None:
-                x_grad = grad_x[network] if rows is None else grad_x.new_empty(len(rows), x.shape[2])
-                _write_product(y_grad, weights[0][network].T, out=x_grad)
-                if rows is not None:
-                    grad_x[network].index_copy_(0, rows, x_grad)
-        return grad_x, None, *grads
+            if x_grad is not None and rows is None:
+                _product(y_grad, weight.mT, out=x_grad)
+            elif x_grad is not None and rows is not None:
+                of_rows = _product(y_grad, weight.mT, out=x.new_empty(*rows.shape, x.shape[2]))
+                x_grad.flatten(0, -2).index_copy_(0, rows.flatten(), of_rows.flatten(0, -2))
+        return grads[0], None, *grads[1:]

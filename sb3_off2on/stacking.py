@@ -15,11 +15,22 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.mlp import is_faster_one_by_one, stacked_mlp
+from sb3_off2on.mlp import stacked_mlp
 from sb3_off2on.onednn import is_traced, product, takes_onednn
 
 # Rows of a batch from which, on a CPU, the weights are the better first factor; for fewer, they are far worse
 MIN_ROWS_WEIGHTS_FIRST = 16
+# Rows of a batch from which, without gradient, it is not taken for that of a prediction
+MIN_ROWS_WITHOUT_GRADIENT = 128
+
+
+def is_for_training(x: th.Tensor) -> bool:
+    """
+    :param x: input of stacked layers, shape ``(n_members, batch_size, in_features)``
+    :return: whether it is a batch for ``stacked_mlp``: on a processor, and with a gradient or larger than one of a prediction
+    """
+    is_training = th.is_grad_enabled() or x.shape[1] >= MIN_ROWS_WITHOUT_GRADIENT
+    return x.device.type == "cpu" and not is_traced() and is_training
 
 
 class EnsembleLayer(nn.Module):
@@ -40,22 +51,21 @@ class EnsembleLayer(nn.Module):
 
 
 class EnsembleLinear(EnsembleLayer):
-    """N linear layers as one batched product, or one by one where that is faster."""
+    """N linear layers: a batched product, but for what is trained on a processor, which is for ``stacked_mlp``."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        n_weights = self.weight[0].numel()
-        if is_faster_one_by_one(x, n_weights):
+        if is_for_training(x):
             return stacked_mlp(x, [self.weight], [self.bias])
         weight, bias = self.weight, self.bias.unsqueeze(1)
         if th.is_grad_enabled() or x.device.type != "cpu" or is_traced() or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
             # In place, where baddbmm() would copy the bias to every row first
             return th.bmm(x, weight.transpose(1, 2)).add_(bias)
         # Weights times observations, for predictions: the outputs lie transposed
-        if takes_onednn(x, x.shape[1] * n_weights):
+        if takes_onednn(x, x.shape[1] * weight[0].numel()):
             x = x if x.transpose(1, 2).is_contiguous() else x.contiguous()
             y = th.stack([product(*factors) for factors in zip(weight.unbind(), x.unbind(), strict=True)])
         else:
@@ -84,13 +94,11 @@ class EnsembleLayerNorm(EnsembleLayer):
 
 
 class EnsembleSequential(nn.Sequential):
-    """N sequences of layers, layer by layer; linear layers and ReLU network by network where that is faster."""
+    """N sequences of layers. Those of linear layers and ReLU are trained as one ``stacked_mlp`` on a processor."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        sizes = [layer.weight[0].numel() for layer in layers if isinstance(layer, EnsembleLinear)]
-        self.max_n_weights = max(sizes, default=0)  # of one network's layers
-        self.is_mlp = bool(sizes) and all(
+        self.is_mlp = len(layers) > 0 and all(
             type(layer) is (nn.ReLU if index % 2 else EnsembleLinear) for index, layer in enumerate(layers)
         )
 
@@ -99,7 +107,7 @@ class EnsembleSequential(nn.Sequential):
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        if self.is_mlp and is_faster_one_by_one(x, self.max_n_weights):
+        if self.is_mlp and is_for_training(x):
             return stacked_mlp(x, *self.mlp_parameters(), relu_last=len(self) % 2 == 0)
         for layer in self:
             x = layer(x)
@@ -107,18 +115,14 @@ class EnsembleSequential(nn.Sequential):
 
     def with_heads(self, x: th.Tensor, *heads: nn.Module) -> Sequence[th.Tensor]:
         """
-        What further layers make of the output, together where that is faster.
+        What further layers make of the output; where these are linear, one ``stacked_mlp`` with all of them.
 
         :param x: shape ``(n_members, batch_size, in_features)``
         :param heads: stacked modules
         :return: the output of each head
         """
         ends_in_relu = self.is_mlp and len(self) % 2 == 0 and self._compiled_call_impl is None
-        if (
-            ends_in_relu
-            and all(type(head) is EnsembleLinear for head in heads)
-            and is_faster_one_by_one(x, self.max_n_weights)
-        ):
+        if ends_in_relu and all(type(head) is EnsembleLinear for head in heads) and is_for_training(x):
             weights, biases = self.mlp_parameters()
             head_weights, head_biases = ([getattr(head, name) for head in heads] for name in ("weight", "bias"))
             outputs = stacked_mlp(x, [*weights, th.cat(head_weights, dim=1)], [*biases, th.cat(head_biases, dim=1)])

@@ -20,9 +20,10 @@ N_NETWORKS, BATCH_SIZE = 3, 16
 assert_close = partial(th.testing.assert_close, rtol=1e-5, atol=2e-5)
 
 
-@pytest.fixture(params=["MKL", pytest.param("oneDNN", marks=needs_onednn)])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Either library for products of any size."""
+@pytest.fixture(params=["batched", "MKL", pytest.param("oneDNN", marks=needs_onednn)])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All networks at once, or one by one by either library, whatever their size."""
+    monkeypatch.setattr(mlp, "is_faster_one_by_one", lambda *_: request.param != "batched")
     monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 1 if request.param == "oneDNN" else math.inf)
     return request.param
 
@@ -46,7 +47,7 @@ SIZES = [[5, 32, 32, 1], [32, 32, 6], [30, 40, 2, 24], [7, 1], [24, 30], [1, 1, 
 
 
 class TestStackedMLP:
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("relu_last", [False, True])
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     def test_is_the_formula(self, sizes: list[int], relu_last: bool) -> None:
@@ -59,7 +60,7 @@ class TestStackedMLP:
         with th.no_grad():
             assert_close(stacked_mlp(x, weights, biases, relu_last).double(), th.as_tensor(expected))
 
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("relu_last", [False, True])
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     def test_gradient_is_pytorchs(self, sizes: list[int], relu_last: bool) -> None:
@@ -69,13 +70,13 @@ class TestStackedMLP:
     # All, most, and few rows have a gradient; one network has none
     @pytest.mark.parametrize("shares", [(1, 1, 1), (0.9, 0.9, 0.5), (0.2, 0, 1)], ids=str)
     @pytest.mark.parametrize("relu_last", [False, True])
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     def test_rows_without_a_gradient(self, shares: tuple[float, ...], relu_last: bool) -> None:
         x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 32, 32, 1])
         rows = th.stack([th.randperm(BATCH_SIZE) < share * BATCH_SIZE for share in shares])
         self.check_gradient(x, weights, biases, relu_last, rows.unsqueeze(2))
 
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     def test_minimum_of_two_critics(self) -> None:
         """As the actor's loss has it: the gradient to the inputs alone."""
         x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 32, 32, 1])
@@ -95,7 +96,7 @@ class TestStackedMLP:
 
     WANTED: ClassVar[dict[str, list[int]]] = {"input": [0], "weights": [1, 2], "biases": [3, 4], "last layer": [2, 4]}
 
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
     def test_only_what_is_wanted(self, wanted: list[int]) -> None:
         weights, biases = make_parameters([5, 32, 2])
@@ -112,7 +113,8 @@ class TestStackedMLP:
     @needs_onednn
     def test_no_product_for_frozen_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two for the outputs and two for the gradient to the inputs; with those to the weights there are six."""
-        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+        monkeypatch.setattr(mlp, "is_faster_one_by_one", lambda *_: True)
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 1)
         calls = count_products(monkeypatch)
         x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 8, 2])
         stacked_mlp(x, [weight.detach() for weight in weights], [bias.detach() for bias in biases]).sum().backward()
@@ -128,11 +130,11 @@ class TestStackedMLP:
     }
 
     @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
-    def test_strides(self, library: str, monkeypatch: pytest.MonkeyPatch, x: Callable[[], th.Tensor]) -> None:
+    def test_strides(self, way: str, monkeypatch: pytest.MonkeyPatch, x: Callable[[], th.Tensor]) -> None:
         """oneDNN gets what it has fast code for."""
         calls = count_products(monkeypatch)
         self.check_gradient(x().requires_grad_(), *make_parameters([8, 32, 2]))
-        assert len(calls) == (N_NETWORKS * 6 if library == "oneDNN" else 0)
+        assert len(calls) == (N_NETWORKS * 6 if way == "oneDNN" else 0)
         assert all(second.is_contiguous() or second.T.is_contiguous() for second in calls)
 
     def test_other_dtypes(self) -> None:
@@ -169,7 +171,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
 
 
 class TestOfMany:
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("rows_at_once", [1, BATCH_SIZE, 3 * BATCH_SIZE + 1, 1000])
     @pytest.mark.parametrize("n_many", [1, 7])
     @pytest.mark.parametrize("sizes", [[5, 32, 1], [5, 32, 24, 2]], ids=str)
@@ -182,39 +184,24 @@ class TestOfMany:
         assert_close(output, th.stack(expected, dim=1))
 
 
-class TestWhichIsFaster:
-    N_WEIGHTS = 2**16
-
-    def decide(self, rows: int, with_gradient: bool = True) -> bool:
-        with th.set_grad_enabled(with_gradient):
-            return is_faster_one_by_one(th.zeros(2, rows, 1), self.N_WEIGHTS)
-
-    @pytest.mark.parametrize(
-        ("n_threads", "min_multiplications", "expected"),
-        [
-            (1, math.inf, mlp.MIN_MULTIPLICATIONS),
-            (2, math.inf, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
-            (4, math.inf, 4 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
-            (2, 0, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["oneDNN"]),
-        ],
-    )
-    def test_from_which_size(
-        self, monkeypatch: pytest.MonkeyPatch, n_threads: int, min_multiplications: float, expected: int
-    ) -> None:
-        monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
-        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", min_multiplications)
-        monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", lambda *_: None)
-        assert self.decide(expected // self.N_WEIGHTS)
-        assert not self.decide(expected // self.N_WEIGHTS - 1)
-
-    def test_predictions_are_batched(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(th, "get_num_threads", lambda: 1)
-        assert self.decide(mlp.MIN_ROWS_WITHOUT_GRADIENT - 1)
-        assert not self.decide(mlp.MIN_ROWS_WITHOUT_GRADIENT - 1, with_gradient=False)
-        assert self.decide(mlp.MIN_ROWS_WITHOUT_GRADIENT, with_gradient=False)
-
-    def test_an_accelerator_has_batched_products(self) -> None:
-        assert not is_faster_one_by_one(th.zeros(2, 10_000, 1, device="meta"), self.N_WEIGHTS)
+@pytest.mark.parametrize(
+    ("n_threads", "min_multiplications", "expected"),
+    [
+        (1, math.inf, mlp.MIN_MULTIPLICATIONS),
+        (2, math.inf, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
+        (4, math.inf, 4 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
+        (2, 0, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["oneDNN"]),
+    ],
+)
+def test_from_which_size_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, n_threads: int, min_multiplications: float, expected: int
+) -> None:
+    monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
+    monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", min_multiplications)
+    monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", lambda *_: None)
+    weights = [th.zeros(2, 64, 8), th.zeros(2, 2**8, 2**8), th.zeros(2, 1, 64)]
+    assert is_faster_one_by_one(th.zeros(2, expected // 2**16, 8), weights)
+    assert not is_faster_one_by_one(th.zeros(2, expected // 2**16 - 1, 8), weights)
 
 
 NETWORKS: dict[str, Any] = {
@@ -228,10 +215,25 @@ NETWORKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("x", "with_gradient", "expected"),
+    [
+        (th.zeros(2, 1, 3), True, True),
+        (th.zeros(2, stacking.MIN_ROWS_WITHOUT_GRADIENT - 1, 3), False, False),
+        (th.zeros(2, stacking.MIN_ROWS_WITHOUT_GRADIENT, 3), False, True),
+        (th.zeros(2, stacking.MIN_ROWS_WITHOUT_GRADIENT, 3, device="meta"), True, False),
+    ],
+    ids=["gradient", "prediction", "target", "accelerator"],
+)
+def test_what_is_for_training(x: th.Tensor, with_gradient: bool, expected: bool) -> None:
+    with th.set_grad_enabled(with_gradient):
+        assert stacking.is_for_training(x) is expected
+
+
 class TestStackedModules:
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
-        """Inputs of networks one by one."""
+        """Inputs of ``stacked_mlp``."""
         calls: list[th.Tensor] = []
 
         def recording_mlp(x: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
@@ -243,15 +245,15 @@ class TestStackedModules:
 
     @pytest.fixture
     def switch(self, monkeypatch: pytest.MonkeyPatch, calls: list[th.Tensor]) -> Callable[[bool], list[th.Tensor]]:
-        """Networks one by one whatever their size, or never; the inputs of those one by one are returned."""
+        """All go through ``stacked_mlp``, or none, as on an accelerator."""
 
-        def switch(one_by_one: bool) -> list[th.Tensor]:
-            monkeypatch.setattr(stacking, "is_faster_one_by_one", lambda *_: one_by_one)
+        def switch(for_training: bool) -> list[th.Tensor]:
+            monkeypatch.setattr(stacking, "is_for_training", lambda _: for_training)
             return calls
 
         return switch
 
-    @pytest.mark.usefixtures("library")
+    @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("network", NETWORKS)
     def test_is_the_batched_product(self, switch: Callable[[bool], list[th.Tensor]], network: str) -> None:
         stacked = stack_modules([NETWORKS[network]() for _ in range(N_NETWORKS)])
@@ -285,6 +287,7 @@ class TestStackedModules:
         switch(False)
         expected = run()
         calls = switch(True)
+        calls.clear()
         for value, expected_value in zip(run(), expected, strict=True):
             assert_close(value, expected_value)
         # Together if the network is an MLP that ends in a ReLU
@@ -322,9 +325,8 @@ class TestStackedModules:
 
     @pytest.mark.filterwarnings("ignore")  # of PyTorch: this tracer is deprecated
     @pytest.mark.parametrize("rows", [8, 64, 512])
-    def test_traced_code_has_the_batched_product(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-        """Rows for which weights would be the first factor, and rows for which networks would be taken one by one."""
-        monkeypatch.setattr(th, "get_num_threads", lambda: 1)
+    def test_traced_code_has_the_batched_product(self, rows: int) -> None:
+        """Rows for which weights would be the first factor, and as many as for training."""
         stacked = stack_modules([nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)) for _ in range(2)])
         x = th.randn(2, rows, 256)
         with th.no_grad():
@@ -333,10 +335,8 @@ class TestStackedModules:
             exported = th.export.export(stacked, (x,), dynamic_shapes=({1: th.export.Dim("batch", max=4096)},))
             assert_close(exported.module()(x), expected)
 
-    def test_compiled_networks_stay_compiled(self, monkeypatch: pytest.MonkeyPatch, calls: list[th.Tensor]) -> None:
+    def test_compiled_networks_stay_compiled(self, calls: list[th.Tensor]) -> None:
         """With heads as well, which are not part of what is compiled."""
-        monkeypatch.setattr(mlp, "MIN_MULTIPLICATIONS", 0)
-        monkeypatch.setattr(mlp, "MIN_MULTIPLICATIONS_PER_THREAD", {"MKL": 0, "oneDNN": 0})
         stacked = stack_modules([NETWORKS["relu-last"]() for _ in range(N_NETWORKS)])
         assert isinstance(stacked, EnsembleSequential)
         head = stack_modules([nn.Linear(16, 2) for _ in range(N_NETWORKS)])

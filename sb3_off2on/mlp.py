@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from sb3_off2on.onednn import product, takes_onednn
 
 # Multiplications of the largest layer from which one network after the other is faster than all together, with one thread ...
-MIN_MULTIPLICATIONS = 2**19
+MIN_MULTIPLICATIONS_ONE_BY_ONE = 2**19
 # ... and, for each of several, which have networks of their own in a batched product, where MKL or oneDNN multiplies
 MIN_MULTIPLICATIONS_PER_THREAD = {"MKL": 2**24, "oneDNN": 7 * 2**20}
 # Share of rows with a gradient, up to which it pays to gather them
@@ -28,15 +28,17 @@ def is_faster_one_by_one(x: th.Tensor, weights: Sequence[th.Tensor]) -> bool:
     :return: whether one network after the other takes less time than products over all networks
     """
     multiplications, n_threads = x.shape[1] * max(weight[0].numel() for weight in weights), th.get_num_threads()
-    if n_threads == 1:
-        return multiplications >= MIN_MULTIPLICATIONS
     by = "oneDNN" if takes_onednn(x, multiplications) else "MKL"
+    if by == "MKL" and len(weights) == 1:  # nothing is used again
+        return False
+    if n_threads == 1:
+        return multiplications >= MIN_MULTIPLICATIONS_ONE_BY_ONE
     return multiplications >= n_threads * MIN_MULTIPLICATIONS_PER_THREAD[by]
 
 
 def stacked_mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor], relu_last: bool = False) -> th.Tensor:
     """
-    Linear layers of N networks, with a ReLU after each but the last, where it is an option. The gradient can be taken once.
+    Linear layers of N networks, with a ReLU after each but the last, where it is an option. There is no second derivative.
 
     :param x: shape ``(n_networks, batch_size, in_features)``
     :param weights: of each layer, shape ``(n_networks, out_features, in_features)``
@@ -44,52 +46,33 @@ def stacked_mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.
     :param relu_last: whether a ReLU follows the last layer
     :return: shape ``(n_networks, batch_size, out_features)``
     """
-    return _StackedMLP.apply(x, relu_last, *weights, *biases)
+    return _StackedMLP.apply(x, relu_last, th.is_grad_enabled(), *weights, *biases)
 
 
-def stacked_mlp_of_many(
-    x: th.Tensor, many: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor], rows_at_once: int
-) -> th.Tensor:
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool = False) -> th.Tensor:
     """
-    ``stacked_mlp`` without gradient, of each row of ``x`` beside each of its many partners, as a state beside actions. What
-    the first layer makes of ``x`` is worked out once.
+    A layer of all networks or, without the first axis, of one. On its own without gradient.
 
-    :param x: shape ``(n_networks, batch_size, x_features)``
-    :param many: shape ``(n_networks, n_many, batch_size, many_features)``
-    :param weights: of each layer, of which there are two at least, see ``stacked_mlp``
-    :param biases: of each layer
-    :param rows_at_once: how many rows of a network are computed together, or ``batch_size`` if that is more
-    :return: shape ``(n_networks, n_many, batch_size, out_features)``
+    :param x: shape ``(..., batch_size, in_features)``
+    :param weight: shape ``(..., out_features, in_features)``
+    :param bias: shape ``(..., out_features)``
+    :param relu: whether a ReLU follows
+    :return: shape ``(..., batch_size, out_features)``
     """
-    n_many, batch_size = many.shape[1:3]
-    weight_of_x, weight_of_many = weights[0].split([x.shape[2], many.shape[3]], dim=2)
-    of_x = _linear(x, weight_of_x, biases[0])  # (n_networks, batch_size, n_units)
-    outputs = []
-    for index in range(len(x)):
-        layer_weights, layer_biases = ([stacked[index] for stacked in later[1:]] for later in (weights, biases))
-        for part in many[index].split(max(rows_at_once // batch_size, 1)):  # (n, batch_size, many_features)
-            of_part, weight = (tensor.expand(len(part), -1, -1) for tensor in (of_x[index], weight_of_many[index].T))
-            hidden = th.baddbmm(of_part, part, weight).relu_()
-            outputs.append(_mlp(hidden.flatten(0, 1), layer_weights, layer_biases)[-1])
-    return th.cat(outputs).view(len(x), n_many, batch_size, -1)
-
-
-def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool = False) -> th.Tensor:
-    """A layer of all networks, with shapes as in ``stacked_mlp``, or of one, without the first axis."""
     if x.dim() == 3:
         y = th.baddbmm(bias.unsqueeze(1), x, weight.mT)
     elif takes_onednn(x, x.numel() * len(weight)):
-        return product(x, weight, bias, relu)
+        y = product(x, weight, bias)  # its own ReLU would make 0 of NaN
     else:
         y = th.addmm(bias, x, weight.T)
     return y.relu_() if relu else y
 
 
 def _mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor], relu_last: bool = False) -> list[th.Tensor]:
-    """The outputs of each layer, see ``_linear``."""
+    """The outputs of each layer, see ``linear``."""
     outputs = []
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
-        x = _linear(x, weight, bias, relu=number < len(weights) or relu_last)
+        x = linear(x, weight, bias, relu=number < len(weights) or relu_last)
         outputs.append(x)
     return outputs
 
@@ -103,12 +86,13 @@ def _product(x: th.Tensor, y: th.Tensor, out: th.Tensor | None = None) -> th.Ten
     :param out: where it is to be written, if that is given
     :return: shape ``(..., n, m)``
     """
+    multiply = th.mm if x.dim() == 2 else th.bmm
     if x.dim() == 2 and takes_onednn(x, x.numel() * len(y)):
         result = product(x, y)
     elif out is not None and y.shape[-2] < MIN_ROW_LENGTH:
-        result = _product(y, x).mT
+        result = multiply(y, x.mT).mT  # copied in any case
     else:
-        return (th.mm if x.dim() == 2 else th.bmm)(x, y.mT, out=out)
+        return multiply(x, y.mT, out=out)
     return result if out is None else out.copy_(result)
 
 
@@ -123,22 +107,23 @@ def _rows_with_gradient(grad: th.Tensor, one_by_one: bool) -> list[th.Tensor | N
 
     :param grad: gradient to the outputs, shape ``(n_networks, batch_size, out_features)``
     :param one_by_one: see ``_split``
-    :return: of each network, or once of all, the rows that have a gradient, shape ``(..., n_rows)``, or ``None`` if it does
-        not pay to gather them. Of all, there are as many of each as of the one with the most, counted through
+    :return: indices of each network's rows that have a gradient, shape ``(n_rows,)``. Of all networks together, indices into
+        the rows of all, shape ``(n_networks, n_rows)``: as many of each as of the one with the most. ``None`` in their place
+        if it does not pay to gather them
     """
     n_networks, batch_size = grad.shape[:2]
-    none: list[th.Tensor | None] = [None] * (n_networks if one_by_one else 1)
+    all_rows: list[th.Tensor | None] = [None] * (n_networks if one_by_one else 1)
     if grad.shape[2] > 1:  # as of actors, whose rows all have one
-        return none
+        return all_rows
     has_grad = grad.squeeze(2) != 0
     n_rows = has_grad.sum(dim=1).tolist()
-    most = MAX_SHARE_GATHERED * batch_size
-    if (min if one_by_one else max)(n_rows) > most:
-        return none
-    order = has_grad.sort(dim=1, descending=True).indices
+    max_rows = MAX_SHARE_GATHERED * batch_size
+    if (min if one_by_one else max)(n_rows) > max_rows:
+        return all_rows
+    rows = has_grad.sort(dim=1, descending=True).indices
     if one_by_one:
-        return [rows[:n] if n <= most else None for rows, n in zip(order, n_rows, strict=True)]
-    return [order[:, : max(n_rows)] + batch_size * th.arange(n_networks).unsqueeze(1)]
+        return [network[:n] if n <= max_rows else None for network, n in zip(rows, n_rows, strict=True)]
+    return [rows[:, : max(n_rows)] + batch_size * th.arange(n_networks).unsqueeze(1)]
 
 
 def _gather(x: th.Tensor, rows: th.Tensor) -> th.Tensor:
@@ -152,7 +137,7 @@ def _gather(x: th.Tensor, rows: th.Tensor) -> th.Tensor:
 
 class _StackedMLP(th.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: th.Tensor, relu_last: bool, *parameters: th.Tensor) -> th.Tensor:
+    def forward(ctx: Any, x: th.Tensor, relu_last: bool, with_gradient: bool, *parameters: th.Tensor) -> th.Tensor:
         n_layers = len(parameters) // 2
         ctx.relu_last = relu_last
         ctx.one_by_one = is_faster_one_by_one(x, parameters[:n_layers])
@@ -160,7 +145,7 @@ class _StackedMLP(th.autograd.Function):
         for network_x, *network in zip(*(_split(tensor, ctx.one_by_one) for tensor in (x, *parameters)), strict=True):
             layer_outputs = _mlp(network_x, network[:n_layers], network[n_layers:], relu_last)
             outputs.append(layer_outputs[-1])
-            if any(ctx.needs_input_grad):
+            if with_gradient:
                 kept += layer_outputs if relu_last else layer_outputs[:-1]
         ctx.save_for_backward(x, *parameters[:n_layers], *kept)
         return th.stack(outputs) if ctx.one_by_one else outputs[0]
@@ -169,17 +154,15 @@ class _StackedMLP(th.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        wants_x, _, *wanted = ctx.needs_input_grad
+        wants_x, _, _, *wanted = ctx.needs_input_grad
         n_layers = len(wanted) // 2
         n_kept = n_layers if ctx.relu_last else n_layers - 1
         weights, kept = saved[:n_layers], saved[n_layers:]
         shapes = [x.shape, *(weight.shape for weight in weights), *(weight.shape[:2] for weight in weights)]
         grads = [x.new_empty(shape) if wants else None for shape, wants in zip(shapes, (wants_x, *wanted), strict=True)]
-        if grads[0] is not None:
-            grads[0].zero_()  # as rows without a gradient are left out
 
-        rows_with_gradient = _rows_with_gradient(grad, ctx.one_by_one)
-        for index, (y_grad, rows) in enumerate(zip(_split(grad, ctx.one_by_one), rows_with_gradient, strict=True)):
+        all_rows = _rows_with_gradient(grad, ctx.one_by_one)
+        for index, (y_grad, rows) in enumerate(zip(_split(grad, ctx.one_by_one), all_rows, strict=True)):
             which = index if ctx.one_by_one else slice(None)
             x_grad, *network_grads = (None if stacked is None else stacked[which] for stacked in grads)
             # Of each layer, (..., batch_size, in_features)
@@ -197,9 +180,10 @@ class _StackedMLP(th.autograd.Function):
                 if layer > 0:
                     y_grad = _product(y_grad, weight.mT)
                     y_grad = th.ops.aten.threshold_backward(y_grad, inputs[layer], 0)
+            first_weight = weights[0][which]
             if x_grad is not None and rows is None:
-                _product(y_grad, weight.mT, out=x_grad)
+                _product(y_grad, first_weight.mT, out=x_grad)
             elif x_grad is not None and rows is not None:
-                of_rows = _product(y_grad, weight.mT, out=x.new_empty(*rows.shape, x.shape[2]))
-                x_grad.flatten(0, -2).index_copy_(0, rows.flatten(), of_rows.flatten(0, -2))
-        return grads[0], None, *grads[1:]
+                of_rows = _product(y_grad, first_weight.mT, out=x.new_empty(*rows.shape, x.shape[2]))
+                x_grad.zero_().flatten(0, -2).index_copy_(0, rows.flatten(), of_rows.flatten(0, -2))
+        return grads[0], None, None, *grads[1:]

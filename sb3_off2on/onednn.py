@@ -52,15 +52,15 @@ def takes_onednn(x: th.Tensor, multiplications: int) -> bool:
     :return: whether the product is left to oneDNN
     """
     return (
-        multiplications >= MIN_MULTIPLICATIONS
-        and not is_traced()
+        not is_traced()
+        and multiplications >= MIN_MULTIPLICATIONS
         and _ONEDNN_LINEAR is not None
         and x.device.type == "cpu"
         and x.dtype == th.float32
     )
 
 
-def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None, relu: bool = False) -> th.Tensor:
+def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
     """
     A product by oneDNN, without gradient. The factors may be transposed, but ``y`` must not be part of wider rows: for these,
     oneDNN has plain loops only, which take a thousand times as long.
@@ -68,8 +68,7 @@ def product(x: th.Tensor, y: th.Tensor, bias: th.Tensor | None = None, relu: boo
     :param x: shape ``(n, features)``
     :param y: shape ``(m, features)``
     :param bias: shape ``(m,)``
-    :param relu: whether a ReLU follows
     :return: ``x @ y.T + bias``, shape ``(n, m)``
     """
     assert _ONEDNN_LINEAR is not None
-    return _ONEDNN_LINEAR(x, y, bias, "relu" if relu else "none", [], "")
+    return _ONEDNN_LINEAR(x, y, bias, "none", [], "")

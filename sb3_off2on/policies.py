@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.mlp import stacked_mlp_of_many
 from sb3_off2on.stacking import EnsembleModule, EnsembleSequential, stack_modules
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
@@ -97,6 +96,7 @@ class EnsembleActor(Actor):
     """
 
     member_class: type[Actor] = Actor
+    latent_pi: EnsembleSequential
 
     def __init__(self, members: Sequence[Actor] | int, **actor_kwargs: Any) -> None:
         # Built without memory or random numbers: every network is replaced by the members' in the next lines
@@ -122,7 +122,7 @@ class EnsembleActor(Actor):
         :return: means and log standard deviations, each of shape ``(ensemble_size, batch_size, action_dim)``
         """
         features = member_features(self, obs, self.ensemble_size, per_member)
-        mean_actions, log_std = self.latent_pi.with_heads(features, self.mu, self.log_std)  # type: ignore[operator]
+        mean_actions, log_std = self.latent_pi.with_heads(features, self.mu, self.log_std)  # type: ignore[arg-type]
         return mean_actions, th.clamp(log_std, LOG_STD_MIN, LOG_STD_MAX)
 
     def sample_from_params(
@@ -250,17 +250,11 @@ class EnsembleCritic(BaseModel):
         """
         n_actions, batch_size = actions.shape[1:3]
         shape = (self.ensemble_size, self.n_critics, n_actions, batch_size)
-        with_gradient = th.is_grad_enabled() or actions.device.type != "cpu"
-        if not with_gradient and self.qf.is_mlp and len(self.qf) > 1:
-            features, actions = (x.repeat_interleave(self.n_critics, dim=0) for x in (features, actions))
-            weights, biases = self.qf.mlp_parameters()
-            return stacked_mlp_of_many(features, actions, weights, biases, MAX_ROWS_AT_ONCE).view(shape)
-        at_once = n_actions if with_gradient else max(MAX_ROWS_AT_ONCE // batch_size, 1)
-        q_values = [
-            self.q_values(features.repeat(1, part.shape[1], 1), part.flatten(1, 2).unsqueeze(1))
-            for part in actions.split(at_once, dim=1)
-        ]
-        return th.cat(q_values, dim=2).view(shape)
+        if th.is_grad_enabled() or actions.device.type != "cpu":
+            rows = features.repeat(1, n_actions, 1), actions.flatten(1, 2).unsqueeze(1)
+            return self.q_values(*rows).view(shape)
+        features, actions = (x.repeat_interleave(self.n_critics, dim=0) for x in (features, actions))
+        return self.qf.of_pairs(features, actions, MAX_ROWS_AT_ONCE).view(shape)
 
     def member_q_values(self, obs: PyTorchObs, actions: th.Tensor, per_member: bool = False) -> th.Tensor:
         """

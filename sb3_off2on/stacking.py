@@ -6,7 +6,8 @@ Names stay, so that a member's state dict is that of the module it came from.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
+from itertools import cycle
 from operator import itemgetter
 
 import torch as th
@@ -15,7 +16,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.mlp import stacked_mlp
+from sb3_off2on.mlp import linear, stacked_mlp
 from sb3_off2on.onednn import is_traced, product, takes_onednn
 
 # Rows of a batch from which, on a CPU, the weights are the better first factor; for fewer, they are far worse
@@ -24,13 +25,14 @@ MIN_ROWS_WEIGHTS_FIRST = 16
 MIN_ROWS_WITHOUT_GRADIENT = 128
 
 
-def is_for_training(x: th.Tensor) -> bool:
+def suits_stacked_mlp(x: th.Tensor) -> bool:
     """
     :param x: input of stacked layers, shape ``(n_members, batch_size, in_features)``
-    :return: whether it is a batch for ``stacked_mlp``: on a processor, and with a gradient or larger than one of a prediction
+    :return: whether it is on a processor, with a gradient or more rows than for a prediction
     """
-    is_training = th.is_grad_enabled() or x.shape[1] >= MIN_ROWS_WITHOUT_GRADIENT
-    return x.device.type == "cpu" and not is_traced() and is_training
+    if x.device.type != "cpu" or is_traced() or th.is_autocast_enabled("cpu"):
+        return False
+    return th.is_grad_enabled() or x.shape[1] >= MIN_ROWS_WITHOUT_GRADIENT
 
 
 class EnsembleLayer(nn.Module):
@@ -58,19 +60,18 @@ class EnsembleLinear(EnsembleLayer):
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        if is_for_training(x):
+        if suits_stacked_mlp(x):
             return stacked_mlp(x, [self.weight], [self.bias])
-        weight, bias = self.weight, self.bias.unsqueeze(1)
+        weight = self.weight
         if th.is_grad_enabled() or x.device.type != "cpu" or is_traced() or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
-            # In place, where baddbmm() would copy the bias to every row first
-            return th.bmm(x, weight.transpose(1, 2)).add_(bias)
+            return th.baddbmm(self.bias.unsqueeze(1), x, weight.mT)
         # Weights times observations, for predictions: the outputs lie transposed
         if takes_onednn(x, x.shape[1] * weight[0].numel()):
-            x = x if x.transpose(1, 2).is_contiguous() else x.contiguous()
+            x = x if x.mT.is_contiguous() else x.contiguous()
             y = th.stack([product(*factors) for factors in zip(weight.unbind(), x.unbind(), strict=True)])
         else:
-            y = th.bmm(weight, x.transpose(1, 2))
-        return y.transpose(1, 2).add_(bias)
+            y = th.bmm(weight, x.mT)
+        return y.mT.add_(self.bias.unsqueeze(1))
 
 
 class EnsembleLayerNorm(EnsembleLayer):
@@ -96,18 +97,18 @@ class EnsembleLayerNorm(EnsembleLayer):
 class EnsembleSequential(nn.Sequential):
     """N sequences of layers. Those of linear layers and ReLU are trained as one ``stacked_mlp`` on a processor."""
 
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.is_mlp = len(layers) > 0 and all(
-            type(layer) is (nn.ReLU if index % 2 else EnsembleLinear) for index, layer in enumerate(layers)
-        )
+    @property
+    def is_mlp(self) -> bool:
+        """Whether linear layers and ReLU take turns."""
+        turns = cycle((EnsembleLinear, nn.ReLU))
+        return len(self) > 0 and all(type(layer) is kind for layer, kind in zip(self, turns, strict=False))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        if self.is_mlp and is_for_training(x):
+        if suits_stacked_mlp(x) and self.is_mlp:
             return stacked_mlp(x, *self.mlp_parameters(), relu_last=len(self) % 2 == 0)
         for layer in self:
             x = layer(x)
@@ -121,14 +122,39 @@ class EnsembleSequential(nn.Sequential):
         :param heads: stacked modules
         :return: the output of each head
         """
-        ends_in_relu = self.is_mlp and len(self) % 2 == 0 and self._compiled_call_impl is None
-        if ends_in_relu and all(type(head) is EnsembleLinear for head in heads) and is_for_training(x):
+        # What is compiled stays on its own
+        suits = (
+            suits_stacked_mlp(x) and self._compiled_call_impl is None and all(type(head) is EnsembleLinear for head in heads)
+        )
+        if suits and self.is_mlp and len(self) % 2 == 0:
             weights, biases = self.mlp_parameters()
             head_weights, head_biases = ([getattr(head, name) for head in heads] for name in ("weight", "bias"))
             outputs = stacked_mlp(x, [*weights, th.cat(head_weights, dim=1)], [*biases, th.cat(head_biases, dim=1)])
             return outputs.split([bias.shape[1] for bias in head_biases], dim=2)
         latent = self(x)
         return [head(latent) for head in heads]
+
+    def of_pairs(self, x: th.Tensor, partners: th.Tensor, max_rows: int) -> th.Tensor:
+        """
+        Without gradient, what is made of each row of ``x`` beside each of its partners, as of a state beside several actions:
+        member by member and in pieces that fit the cache, and what the first layer makes of ``x`` is worked out once.
+
+        :param x: shape ``(n_members, batch_size, x_features)``
+        :param partners: shape ``(n_members, n_partners, batch_size, partner_features)``
+        :param max_rows: of a piece, or ``batch_size`` if that is more
+        :return: shape ``(n_members, n_partners, batch_size, out_features)``
+        """
+        first, n_features = self[0], x.shape[2]
+        assert isinstance(first, EnsembleLinear)
+        of_x = linear(x, first.weight[..., :n_features], first.bias)  # (n_members, batch_size, n_units)
+        weights = first.weight[..., n_features:].mT  # (n_members, partner_features, n_units)
+        at_once = max(max_rows // max(x.shape[1], 1), 1)
+        outputs = []
+        for index, other_layers in enumerate(unstack_modules(self[1:], len(x))):
+            for part in partners[index].split(at_once):  # (n, batch_size, partner_features)
+                of_part, weight = (tensor[index].expand(len(part), -1, -1) for tensor in (of_x, weights))
+                outputs.append(other_layers(th.baddbmm(of_part, part, weight).flatten(0, 1)))
+        return th.cat(outputs).view(*partners.shape[:3], outputs[0].shape[1])
 
     def mlp_parameters(self) -> tuple[list[th.Tensor], list[th.Tensor]]:
         """:return: weights and biases of all linear layers"""
@@ -203,6 +229,30 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     if not first.state_dict():
         return first
     return EnsembleModule(modules)
+
+
+def unstack_modules(stacked: nn.Module, n_modules: int) -> list[Callable[[th.Tensor], th.Tensor]]:
+    """
+    The networks that ``stack_modules`` made one module of, one by one, without gradient.
+
+    :param stacked: what ``stack_modules`` returned
+    :param n_modules: of how many
+    :return: functions from shape ``(batch_size, in_features)`` to ``(batch_size, out_features)``
+    """
+    if isinstance(stacked, nn.Sequential):
+        layers_of_all = (unstack_modules(layer, n_modules) for layer in stacked)
+        networks = zip(*layers_of_all, strict=True) if len(stacked) > 0 else [()] * n_modules
+        return [partial(reduce, lambda x, layer: layer(x), layers) for layers in networks]
+    if isinstance(stacked, EnsembleLinear):
+        parameters = zip(stacked.weight.unbind(), stacked.bias.unbind(), strict=True)
+        return [partial(linear, weight=weight, bias=bias) for weight, bias in parameters]
+    if isinstance(stacked, EnsembleLayerNorm):
+        parameters = zip(stacked.weight.unbind(), stacked.bias.unbind(), strict=True)
+        norm = partial(nn.functional.layer_norm, normalized_shape=stacked.normalized_shape, eps=stacked.eps)
+        return [partial(norm, weight=weight, bias=bias) for weight, bias in parameters]
+    if isinstance(stacked, EnsembleModule):
+        return list(stacked.unstack())
+    return [stacked] * n_modules
 
 
 @contextmanager

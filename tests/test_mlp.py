@@ -1,6 +1,7 @@
 """Networks one by one beside the formula in NumPy, PyTorch's own gradient, and the batched product."""
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -13,7 +14,7 @@ from helpers import needs_onednn
 from torch import nn
 
 from sb3_off2on import mlp, onednn, stacking
-from sb3_off2on.mlp import is_faster_one_by_one, stacked_mlp, stacked_mlp_of_many
+from sb3_off2on.mlp import is_faster_one_by_one, stacked_mlp
 from sb3_off2on.stacking import EnsembleSequential, frozen, stack_modules
 
 N_NETWORKS, BATCH_SIZE = 3, 16
@@ -67,14 +68,32 @@ class TestStackedMLP:
         x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, sizes[0], requires_grad=True), make_parameters(sizes)
         self.check_gradient(x, weights, biases, relu_last)
 
-    # All, most, and few rows have a gradient; one network has none
-    @pytest.mark.parametrize("shares", [(1, 1, 1), (0.9, 0.9, 0.5), (0.2, 0, 1)], ids=str)
+    # Shares of rows that have a gradient, and how often rows are gathered one by one, and of all networks together
+    SHARES: ClassVar[dict[tuple[float, ...], tuple[int, int]]] = {
+        (1, 1, 1): (0, 0),
+        (0.9, 0.9, 0.5): (1, 0),
+        (0.7, 0.5, 0): (3, 1),
+        (0.2, 0, 1): (2, 0),
+        (0, 0, 0): (3, 1),
+    }
+
+    @pytest.mark.parametrize("shares", SHARES, ids=str)
     @pytest.mark.parametrize("relu_last", [False, True])
-    @pytest.mark.usefixtures("way")
-    def test_rows_without_a_gradient(self, shares: tuple[float, ...], relu_last: bool) -> None:
+    def test_rows_without_a_gradient(
+        self, monkeypatch: pytest.MonkeyPatch, way: str, shares: tuple[float, ...], relu_last: bool
+    ) -> None:
+        gathered, gather = [], mlp._gather
+
+        def recording_gather(x: th.Tensor, rows: th.Tensor) -> th.Tensor:
+            gathered.append(rows)
+            return gather(x, rows)
+
+        monkeypatch.setattr(mlp, "_gather", recording_gather)
         x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True), make_parameters([5, 32, 32, 1])
         rows = th.stack([th.randperm(BATCH_SIZE) < share * BATCH_SIZE for share in shares])
         self.check_gradient(x, weights, biases, relu_last, rows.unsqueeze(2))
+        # The output's gradient, and the inputs of the three layers with the output, if that has a ReLU
+        assert len(gathered) == self.SHARES[shares][way == "batched"] * (5 if relu_last else 4)
 
     @pytest.mark.usefixtures("way")
     def test_minimum_of_two_critics(self) -> None:
@@ -85,6 +104,15 @@ class TestStackedMLP:
         assert (grads[0] == 0).all(dim=2).sum() == (N_NETWORKS - 1) * BATCH_SIZE
         assert_close(*grads)
 
+    @pytest.mark.usefixtures("way")
+    @pytest.mark.parametrize("where", ["input", "weight", "bias"])
+    def test_nan_stays(self, where: str) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 2])
+        {"input": x, "weight": weights[0].data, "bias": biases[0].data}[where][1, 0] = math.nan
+        assert_close(stacked_mlp(x, weights, biases), plain(x, weights, biases), equal_nan=True)
+        assert stacked_mlp(x, weights, biases)[1].isnan().any()
+
+    @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("network", range(N_NETWORKS))
     def test_nan_is_not_left_out(self, network: int) -> None:
         x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 1])
@@ -134,9 +162,57 @@ class TestStackedMLP:
         """oneDNN gets what it has fast code for."""
         calls = count_products(monkeypatch)
         self.check_gradient(x().requires_grad_(), *make_parameters([8, 32, 2]))
-        assert len(calls) == (N_NETWORKS * 6 if way == "oneDNN" else 0)
+        # Two layers, with a gradient of three kinds to inputs and weights
+        assert len(calls) == (N_NETWORKS * (2 + 3 * 4) if way == "oneDNN" else 0)
         assert all(second.is_contiguous() or second.T.is_contiguous() for second in calls)
 
+    @pytest.mark.usefixtures("way")
+    @pytest.mark.parametrize("batch_size", [0, 1])
+    def test_small_batches(self, batch_size: int) -> None:
+        self.check_gradient(th.randn(N_NETWORKS, batch_size, 5, requires_grad=True), *make_parameters([5, 32, 1]))
+
+    @pytest.mark.usefixtures("way")
+    def test_gradient_twice_but_no_second_derivative(self) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 1])
+        loss = stacked_mlp(x, weights, biases).square().sum()
+        first = th.autograd.grad(loss, weights, retain_graph=True)
+        for value, expected in zip(th.autograd.grad(loss, weights, retain_graph=True), first, strict=True):
+            assert th.equal(value, expected)
+        (grad, *_) = th.autograd.grad(loss, weights, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    @pytest.mark.usefixtures("way")
+    def test_parameters_changed_before_the_gradient(self) -> None:
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 1])
+        loss = stacked_mlp(x, weights, biases).sum()
+        with th.no_grad():
+            weights[1].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_nothing_is_kept_without_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else a target network's hidden layers would all be in memory at once."""
+        monkeypatch.setattr(mlp, "is_faster_one_by_one", lambda *_: True)
+        alive: list[Any] = []
+        most, linear = [0], mlp.linear
+
+        def recording_linear(*args: Any, **kwargs: Any) -> th.Tensor:
+            y = linear(*args, **kwargs)
+            alive.append(weakref.ref(y))
+            most.append(sum(reference() is not None for reference in alive))
+            return y
+
+        monkeypatch.setattr(mlp, "linear", recording_linear)
+        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 32, 1])
+        with th.no_grad():
+            stacked_mlp(x, weights, biases)
+        # Three layers of two networks, and the outputs of those before; with gradient it is all nine
+        assert max(most) == 3 * 2 + N_NETWORKS - 2
+        stacked_mlp(x, weights, biases)
+        assert max(most) == 3 * N_NETWORKS
+
+    @pytest.mark.usefixtures("way")
     def test_other_dtypes(self) -> None:
         weights, biases = make_parameters([5, 32, 2])
         x, *parameters = (tensor.detach().double() for tensor in (th.randn(N_NETWORKS, BATCH_SIZE, 5), *weights, *biases))
@@ -152,10 +228,16 @@ class TestStackedMLP:
     ) -> None:
         inputs = [tensor for tensor in (x, *weights, *biases) if tensor.requires_grad]
         outputs = [f(x, weights, biases, relu_last) for f in (stacked_mlp, plain)]
+        assert_close(*outputs)
         grad = th.randn_like(outputs[0]) if rows is None else th.randn_like(outputs[0]) * rows
-        for value, expected in zip(*(th.autograd.grad(output, inputs, grad) for output in outputs), strict=True):
-            assert value.is_contiguous()
-            assert_close(value, expected)
+        # As it comes, transposed, and the same for all, as that of a sum
+        for part in (grad, grad.mT.contiguous().mT, grad[:1, :1].expand_as(grad)):
+            grads = (th.autograd.grad(output, inputs, part, retain_graph=True) for output in outputs)
+            for value, expected in zip(*grads, strict=True):
+                assert value.is_contiguous()
+                assert_close(value, expected)
+            if rows is not None:
+                break
 
 
 def count_products(monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
@@ -170,24 +252,10 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
     return calls
 
 
-class TestOfMany:
-    @pytest.mark.usefixtures("way")
-    @pytest.mark.parametrize("rows_at_once", [1, BATCH_SIZE, 3 * BATCH_SIZE + 1, 1000])
-    @pytest.mark.parametrize("n_many", [1, 7])
-    @pytest.mark.parametrize("sizes", [[5, 32, 1], [5, 32, 24, 2]], ids=str)
-    def test_is_stacked_mlp(self, sizes: list[int], n_many: int, rows_at_once: int) -> None:
-        x, many = th.randn(N_NETWORKS, BATCH_SIZE, 3), th.randn(N_NETWORKS, n_many, BATCH_SIZE, 2)
-        weights, biases = make_parameters(sizes)
-        with th.no_grad():
-            output = stacked_mlp_of_many(x, many, weights, biases, rows_at_once)
-            expected = [plain(th.cat([x, many[:, index]], dim=2), weights, biases) for index in range(n_many)]
-        assert_close(output, th.stack(expected, dim=1))
-
-
 @pytest.mark.parametrize(
     ("n_threads", "min_multiplications", "expected"),
     [
-        (1, math.inf, mlp.MIN_MULTIPLICATIONS),
+        (1, math.inf, mlp.MIN_MULTIPLICATIONS_ONE_BY_ONE),
         (2, math.inf, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
         (4, math.inf, 4 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["MKL"]),
         (2, 0, 2 * mlp.MIN_MULTIPLICATIONS_PER_THREAD["oneDNN"]),
@@ -200,8 +268,11 @@ def test_from_which_size_one_by_one(
     monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", min_multiplications)
     monkeypatch.setattr(onednn, "_ONEDNN_LINEAR", lambda *_: None)
     weights = [th.zeros(2, 64, 8), th.zeros(2, 2**8, 2**8), th.zeros(2, 1, 64)]
-    assert is_faster_one_by_one(th.zeros(2, expected // 2**16, 8), weights)
-    assert not is_faster_one_by_one(th.zeros(2, expected // 2**16 - 1, 8), weights)
+    x = th.zeros(2, expected // 2**16, 8)
+    assert is_faster_one_by_one(x, weights)
+    assert not is_faster_one_by_one(x[:, 1:], weights)
+    # Of one layer, nothing is used again
+    assert is_faster_one_by_one(x, weights[1:2]) == (min_multiplications == 0)
 
 
 NETWORKS: dict[str, Any] = {
@@ -211,7 +282,7 @@ NETWORKS: dict[str, Any] = {
     "tanh": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2), nn.Tanh()),
     "prelu": lambda: nn.Sequential(nn.Linear(5, 16), nn.PReLU(), nn.Linear(16, 2)),
     "two-linear": lambda: nn.Sequential(nn.Linear(5, 16), nn.Linear(16, 2), nn.ReLU()),
-    "no-bias": lambda: nn.Sequential(nn.Linear(5, 16, bias=False), nn.ReLU(), nn.Linear(16, 2)),
+    "no-bias": lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2, bias=False)),
 }
 
 
@@ -225,9 +296,19 @@ NETWORKS: dict[str, Any] = {
     ],
     ids=["gradient", "prediction", "target", "accelerator"],
 )
-def test_what_is_for_training(x: th.Tensor, with_gradient: bool, expected: bool) -> None:
+def test_what_suits_stacked_mlp(x: th.Tensor, with_gradient: bool, expected: bool) -> None:
     with th.set_grad_enabled(with_gradient):
-        assert stacking.is_for_training(x) is expected
+        assert stacking.suits_stacked_mlp(x) is expected
+
+
+def test_autocast_has_batched_products() -> None:
+    """Its types are not those of the saved tensors."""
+    stacked = stack_modules([NETWORKS["relu"]() for _ in range(N_NETWORKS)])
+    with th.autocast("cpu", th.bfloat16):
+        output = stacked(th.randn(N_NETWORKS, BATCH_SIZE, 5))
+    assert output.dtype == th.bfloat16
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in stacked.parameters())
 
 
 class TestStackedModules:
@@ -248,7 +329,7 @@ class TestStackedModules:
         """All go through ``stacked_mlp``, or none, as on an accelerator."""
 
         def switch(for_training: bool) -> list[th.Tensor]:
-            monkeypatch.setattr(stacking, "is_for_training", lambda _: for_training)
+            monkeypatch.setattr(stacking, "suits_stacked_mlp", lambda _: for_training)
             return calls
 
         return switch
@@ -265,13 +346,30 @@ class TestStackedModules:
                 assert_close(stacked(x), output)
             return output, *th.autograd.grad(output.square().sum(), [x, *stacked.parameters()])
 
-        assert not switch(False)
+        calls = switch(False)
         expected = run()
-        calls = switch(True)
+        assert not calls
+        switch(True)
         for value, expected_value in zip(run(), expected, strict=True):
             assert_close(value, expected_value)
         # Twice: all layers at once, or each linear layer
         assert len(calls) == 2 * (1 if network.startswith("relu") else len(list(linear_layers(stacked))))
+
+    @pytest.mark.usefixtures("way")
+    @pytest.mark.parametrize("max_rows", [1, BATCH_SIZE, 3 * BATCH_SIZE + 1, 1000])
+    @pytest.mark.parametrize("n_partners", [1, 7])
+    @pytest.mark.parametrize("network", [*NETWORKS, "linear"])
+    def test_pairs(self, network: str, n_partners: int, max_rows: int) -> None:
+        make = {**NETWORKS, "linear": lambda: nn.Sequential(nn.Linear(5, 2))}[network]
+        networks = [make() for _ in range(N_NETWORKS)]
+        x, partners = th.randn(N_NETWORKS, BATCH_SIZE, 3), th.randn(N_NETWORKS, n_partners, BATCH_SIZE, 2)
+        stacked: Any = stack_modules(networks)
+        with th.no_grad():
+            output = stacked.of_pairs(x, partners, max_rows)
+            for index, plain_network in enumerate(networks):
+                for number in range(n_partners):
+                    pairs = th.cat([x[index], partners[index, number]], dim=1)
+                    assert_close(output[index, number], plain_network(pairs))
 
     @pytest.mark.parametrize("network", ["relu", "relu-last", "tanh"])
     def test_heads(self, switch: Callable[[bool], list[th.Tensor]], network: str) -> None:
@@ -307,9 +405,20 @@ class TestStackedModules:
         x = th.randn(N_NETWORKS, BATCH_SIZE, 5, requires_grad=True)
         with frozen(stacked):
             output = stacked(x)
+        (expected,) = th.autograd.grad(stacked(x).sum(), x)
         output.sum().backward()
         assert x.grad is not None
+        assert_close(x.grad, expected)
         assert all(parameter.grad is None for parameter in stacked.parameters())
+
+    def test_layers_that_are_changed_later(self) -> None:
+        """As of any ``nn.Sequential``."""
+        stacked: Any = stack_modules([NETWORKS["relu"]() for _ in range(N_NETWORKS)])
+        x = th.randn(N_NETWORKS, BATCH_SIZE, 5)
+        output, hidden = stacked(x), stacked[:-1](x)
+        assert_close(stacked[-1](hidden), output)
+        stacked.append(nn.Tanh())
+        assert_close(stacked(x), th.tanh(output))
 
     def test_a_network_without_linear_layers(self) -> None:
         assert stack_modules([nn.Sequential(nn.Flatten())] * 2)(th.ones(2, 3, 4)).shape[0] == 2
@@ -325,15 +434,17 @@ class TestStackedModules:
 
     @pytest.mark.filterwarnings("ignore")  # of PyTorch: this tracer is deprecated
     @pytest.mark.parametrize("rows", [8, 64, 512])
-    def test_traced_code_has_the_batched_product(self, rows: int) -> None:
+    def test_traced_code_has_the_batched_product(self, calls: list[th.Tensor], rows: int) -> None:
         """Rows for which weights would be the first factor, and as many as for training."""
         stacked = stack_modules([nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)) for _ in range(2)])
         x = th.randn(2, rows, 256)
         with th.no_grad():
             expected = stacked(x)
-            assert_close(th.jit.trace(stacked, x)(x), expected)
+            calls.clear()
+            assert_close(th.jit.trace(stacked, x, check_trace=False)(x), expected)
             exported = th.export.export(stacked, (x,), dynamic_shapes=({1: th.export.Dim("batch", max=4096)},))
             assert_close(exported.module()(x), expected)
+        assert not calls
 
     def test_compiled_networks_stay_compiled(self, calls: list[th.Tensor]) -> None:
         """With heads as well, which are not part of what is compiled."""

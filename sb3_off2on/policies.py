@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.stacking import EnsembleModule, EnsembleSequential, stack_modules
+from sb3_off2on.stacking import EnsembleLinear, EnsembleModule, EnsembleSequential, stack_modules
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
 MAX_ROWS_AT_ONCE = 1024
@@ -250,7 +250,7 @@ class EnsembleCritic(BaseModel):
         """
         n_actions, batch_size = actions.shape[1:3]
         shape = (self.ensemble_size, self.n_critics, n_actions, batch_size)
-        if th.is_grad_enabled() or actions.device.type != "cpu":
+        if th.is_grad_enabled() or actions.device.type != "cpu" or not isinstance(self.qf[0], EnsembleLinear):
             rows = features.repeat(1, n_actions, 1), actions.flatten(1, 2).unsqueeze(1)
             return self.q_values(*rows).view(shape)
         features, actions = (x.repeat_interleave(self.n_critics, dim=0) for x in (features, actions))

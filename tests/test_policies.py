@@ -20,8 +20,8 @@ from torch import nn
 
 from sb3_off2on import EnsembleCQLPolicy, Off2OnSAC, policies
 from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
-from sb3_off2on.policies import EnsembleCnnPolicy, EnsembleMultiInputPolicy, moment_matching
-from sb3_off2on.stacking import frozen
+from sb3_off2on.policies import EnsembleCnnPolicy, EnsembleCritic, EnsembleMultiInputPolicy, moment_matching
+from sb3_off2on.stacking import frozen, stack_modules
 
 ACTION_SPACE = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32))
 VECTOR_SPACE = spaces.Box(-1, 1, (3,), np.float32)
@@ -573,8 +573,19 @@ class TestQValuesOfMany:
     def test_any_network(self, kwargs: dict[str, Any]) -> None:
         self.check(4, 3, **kwargs)
 
+    def test_a_first_layer_of_another_kind(self) -> None:
+        """As a policy of one's own may have it."""
+        critic = make_ensemble(n_critics=2).critic
+        networks = [
+            nn.Sequential(nn.Linear(3 + ACTION_DIM, 4, bias=False), nn.ReLU(), nn.Linear(4, 1)) for _ in range(2 * N_MEMBERS)
+        ]
+        critic.qf = stack_modules(networks)  # type: ignore[assignment]
+        self.check_critic(critic, 4, 3)
+
     def check(self, n_actions: int, batch_size: int, **kwargs: Any) -> None:
-        critic = make_ensemble(n_critics=2, **kwargs).critic
+        self.check_critic(make_ensemble(n_critics=2, **kwargs).critic, n_actions, batch_size)
+
+    def check_critic(self, critic: EnsembleCritic, n_actions: int, batch_size: int) -> None:
         with th.no_grad():  # biases and layer norms start out alike
             for parameter in critic.qf.parameters():
                 parameter.add_(0.1 * th.randn_like(parameter))

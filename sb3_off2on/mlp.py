@@ -15,6 +15,10 @@ from sb3_off2on.onednn import product, takes_onednn
 MIN_MULTIPLICATIONS_ONE_BY_ONE = 2**19
 # ... and, for each of several, which have networks of their own in a batched product, where MKL or oneDNN multiplies
 MIN_MULTIPLICATIONS_PER_THREAD = {"MKL": 2**24, "oneDNN": 7 * 2**20}
+# Rows without gradient, below which they are those of a prediction, for which a batched product is the fastest ...
+MIN_ROWS_WITHOUT_GRADIENT = 128
+# ... and weights are the better first factor, from so many rows on. For fewer, they are far worse
+MIN_ROWS_WEIGHTS_FIRST = 16
 # Share of rows with a gradient, up to which it pays to gather them
 MAX_SHARE_GATHERED = 0.75
 # Numbers in a row of a product, below which MKL is slow
@@ -46,7 +50,10 @@ def stacked_mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.
     :param relu_last: whether a ReLU follows the last layer
     :return: shape ``(n_networks, batch_size, out_features)``
     """
-    return _StackedMLP.apply(x, relu_last, th.is_grad_enabled(), *weights, *biases)
+    with_gradient = th.is_grad_enabled()
+    if not with_gradient and x.shape[1] < MIN_ROWS_WITHOUT_GRADIENT:
+        return _mlp(x, weights, biases, relu_last, for_prediction=True)[-1]
+    return _StackedMLP.apply(x, relu_last, with_gradient, *weights, *biases)
 
 
 def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool = False) -> th.Tensor:
@@ -68,11 +75,31 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool = False)
     return y.relu_() if relu else y
 
 
-def _mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor], relu_last: bool = False) -> list[th.Tensor]:
+def _predict_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool) -> th.Tensor:
+    """As ``linear``, for all networks and the rows of a prediction."""
+    if x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
+        return linear(x, weight, bias, relu)
+    # Weights times observations: the outputs lie transposed
+    if takes_onednn(x, x.shape[1] * weight.shape[1] * weight.shape[2]):
+        x = x if x.mT.is_contiguous() else x.contiguous()
+        y = th.stack([product(*factors) for factors in zip(weight.unbind(), x.unbind(), strict=True)]).add_(bias.unsqueeze(2))
+    else:
+        y = th.baddbmm(bias.unsqueeze(2), weight, x.mT)
+    return y.relu_().mT if relu else y.mT
+
+
+def _mlp(
+    x: th.Tensor,
+    weights: Sequence[th.Tensor],
+    biases: Sequence[th.Tensor],
+    relu_last: bool = False,
+    for_prediction: bool = False,
+) -> list[th.Tensor]:
     """The outputs of each layer, see ``linear``."""
+    layer = _predict_linear if for_prediction else linear
     outputs = []
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
-        x = linear(x, weight, bias, relu=number < len(weights) or relu_last)
+        x = layer(x, weight, bias, relu_last or number < len(weights))
         outputs.append(x)
     return outputs
 

@@ -17,22 +17,12 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 from sb3_off2on.mlp import linear, stacked_mlp
-from sb3_off2on.onednn import is_traced, product, takes_onednn
-
-# Rows of a batch from which, on a CPU, the weights are the better first factor; for fewer, they are far worse
-MIN_ROWS_WEIGHTS_FIRST = 16
-# Rows of a batch from which, without gradient, it is not taken for that of a prediction
-MIN_ROWS_WITHOUT_GRADIENT = 128
+from sb3_off2on.onednn import is_traced
 
 
 def suits_stacked_mlp(x: th.Tensor) -> bool:
-    """
-    :param x: input of stacked layers, shape ``(n_members, batch_size, in_features)``
-    :return: whether it is on a processor, with a gradient or more rows than for a prediction
-    """
-    if x.device.type != "cpu" or is_traced() or th.is_autocast_enabled("cpu"):
-        return False
-    return th.is_grad_enabled() or x.shape[1] >= MIN_ROWS_WITHOUT_GRADIENT
+    """:return: whether it is on a processor, and no compiler or change of types comes between the layers"""
+    return x.device.type == "cpu" and not is_traced() and not th.is_autocast_enabled("cpu")
 
 
 class EnsembleLayer(nn.Module):
@@ -53,7 +43,7 @@ class EnsembleLayer(nn.Module):
 
 
 class EnsembleLinear(EnsembleLayer):
-    """N linear layers: a batched product, but for what is trained on a processor, which is for ``stacked_mlp``."""
+    """N linear layers: ``stacked_mlp`` on a processor, else a batched product."""
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
@@ -62,16 +52,7 @@ class EnsembleLinear(EnsembleLayer):
         """
         if suits_stacked_mlp(x):
             return stacked_mlp(x, [self.weight], [self.bias])
-        weight = self.weight
-        if th.is_grad_enabled() or x.device.type != "cpu" or is_traced() or x.shape[1] < MIN_ROWS_WEIGHTS_FIRST:
-            return th.baddbmm(self.bias.unsqueeze(1), x, weight.mT)
-        # Weights times observations, for predictions: the outputs lie transposed
-        if takes_onednn(x, x.shape[1] * weight[0].numel()):
-            x = x if x.mT.is_contiguous() else x.contiguous()
-            y = th.stack([product(*factors) for factors in zip(weight.unbind(), x.unbind(), strict=True)])
-        else:
-            y = th.bmm(weight, x.mT)
-        return y.mT.add_(self.bias.unsqueeze(1))
+        return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
 
 
 class EnsembleLayerNorm(EnsembleLayer):
@@ -95,7 +76,7 @@ class EnsembleLayerNorm(EnsembleLayer):
 
 
 class EnsembleSequential(nn.Sequential):
-    """N sequences of layers. Those of linear layers and ReLU are trained as one ``stacked_mlp`` on a processor."""
+    """N sequences of layers. Those of linear layers and ReLU are one ``stacked_mlp`` on a processor."""
 
     @property
     def is_mlp(self) -> bool:

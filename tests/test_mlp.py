@@ -51,8 +51,10 @@ class TestStackedMLP:
     @pytest.mark.usefixtures("way")
     @pytest.mark.parametrize("relu_last", [False, True])
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
-    def test_is_the_formula(self, sizes: list[int], relu_last: bool) -> None:
-        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, sizes[0]), make_parameters(sizes)
+    @pytest.mark.parametrize("batch_size", [mlp.MIN_ROWS_WEIGHTS_FIRST - 1, BATCH_SIZE, mlp.MIN_ROWS_WITHOUT_GRADIENT])
+    def test_is_the_formula(self, sizes: list[int], relu_last: bool, batch_size: int) -> None:
+        """With a gradient and without: few rows of a prediction, more of them, and more than for one."""
+        x, (weights, biases) = th.randn(N_NETWORKS, batch_size, sizes[0]), make_parameters(sizes)
         expected = x.double().numpy()
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             expected = np.einsum("nri,noi->nro", expected, weight.detach().numpy()) + bias.detach().numpy()[:, None]
@@ -204,7 +206,7 @@ class TestStackedMLP:
             return y
 
         monkeypatch.setattr(mlp, "linear", recording_linear)
-        x, (weights, biases) = th.randn(N_NETWORKS, BATCH_SIZE, 5), make_parameters([5, 32, 32, 1])
+        x, (weights, biases) = th.randn(N_NETWORKS, mlp.MIN_ROWS_WITHOUT_GRADIENT, 5), make_parameters([5, 32, 32, 1])
         with th.no_grad():
             stacked_mlp(x, weights, biases)
         # Three layers of two networks, and the outputs of those before; with gradient it is all nine
@@ -286,19 +288,28 @@ NETWORKS: dict[str, Any] = {
 }
 
 
+def test_what_suits_stacked_mlp() -> None:
+    assert stacking.suits_stacked_mlp(th.zeros(2, 1, 3))
+    assert not stacking.suits_stacked_mlp(th.zeros(2, 1, 3, device="meta"))
+
+
 @pytest.mark.parametrize(
-    ("x", "with_gradient", "expected"),
-    [
-        (th.zeros(2, 1, 3), True, True),
-        (th.zeros(2, stacking.MIN_ROWS_WITHOUT_GRADIENT - 1, 3), False, False),
-        (th.zeros(2, stacking.MIN_ROWS_WITHOUT_GRADIENT, 3), False, True),
-        (th.zeros(2, stacking.MIN_ROWS_WITHOUT_GRADIENT, 3, device="meta"), True, False),
-    ],
-    ids=["gradient", "prediction", "target", "accelerator"],
+    ("n_rows", "with_gradient", "is_prediction"),
+    [(1, True, False), (mlp.MIN_ROWS_WITHOUT_GRADIENT - 1, False, True), (mlp.MIN_ROWS_WITHOUT_GRADIENT, False, False)],
 )
-def test_what_suits_stacked_mlp(x: th.Tensor, with_gradient: bool, expected: bool) -> None:
+def test_what_is_taken_for_a_prediction(
+    monkeypatch: pytest.MonkeyPatch, n_rows: int, with_gradient: bool, is_prediction: bool
+) -> None:
+    calls, predict_linear = [], mlp._predict_linear
+
+    def recording_linear(x: th.Tensor, *args: Any) -> th.Tensor:
+        calls.append(x)
+        return predict_linear(x, *args)
+
+    monkeypatch.setattr(mlp, "_predict_linear", recording_linear)
     with th.set_grad_enabled(with_gradient):
-        assert stacking.suits_stacked_mlp(x) is expected
+        stacked_mlp(th.zeros(N_NETWORKS, n_rows, 5), *make_parameters([5, 8, 1]))
+    assert len(calls) == (2 if is_prediction else 0)
 
 
 def test_autocast_has_batched_products() -> None:
@@ -427,7 +438,7 @@ class TestStackedModules:
         """Layers whose inputs lie transposed."""
         for make in NETWORKS.values():
             stacked = stack_modules([make() for _ in range(N_NETWORKS)])
-            x = th.randn(N_NETWORKS, stacking.MIN_ROWS_WEIGHTS_FIRST, 5)
+            x = th.randn(N_NETWORKS, mlp.MIN_ROWS_WEIGHTS_FIRST, 5)
             with th.no_grad():
                 output = stacked(x)
             assert_close(output, stacked(x))

@@ -14,7 +14,7 @@ import torch as th
 from helpers import needs_onednn
 from torch import nn
 
-from sb3_off2on import onednn, stacking
+from sb3_off2on import mlp, onednn
 from sb3_off2on.onednn import describe_processor, min_multiplications, product, takes_onednn
 from sb3_off2on.stacking import stack_modules
 
@@ -105,7 +105,7 @@ class TestProduct:
 class TestWithoutGradient:
     """Weights times observations: the layer of a prediction for several environments."""
 
-    ROWS = stacking.MIN_ROWS_WEIGHTS_FIRST
+    ROWS = mlp.MIN_ROWS_WEIGHTS_FIRST
     INPUTS: ClassVar[dict[str, Callable[[], th.Tensor]]] = {
         "rows": lambda: th.randn(3, TestWithoutGradient.ROWS, 8),
         "transposed": lambda: th.randn(3, 8, TestWithoutGradient.ROWS).transpose(1, 2),

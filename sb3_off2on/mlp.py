@@ -58,7 +58,7 @@ def stacked_mlp(x: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.
 
 def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool = False) -> th.Tensor:
     """
-    A layer of all networks or, without the first axis, of one. On its own without gradient.
+    A layer of all networks or, without the first axis, of one. Products by oneDNN have no gradient, see ``stacked_mlp``.
 
     :param x: shape ``(..., batch_size, in_features)``
     :param weight: shape ``(..., out_features, in_features)``
@@ -163,6 +163,8 @@ def _gather(x: th.Tensor, rows: th.Tensor) -> th.Tensor:
 
 
 class _StackedMLP(th.autograd.Function):
+    """The networks one after the other or all together, and the gradient to inputs and parameters."""
+
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, relu_last: bool, with_gradient: bool, *parameters: th.Tensor) -> th.Tensor:
         n_layers = len(parameters) // 2

@@ -21,7 +21,10 @@ from sb3_off2on.onednn import is_traced
 
 
 def suits_stacked_mlp(x: th.Tensor) -> bool:
-    """:return: whether it is on a processor, and no compiler or change of types comes between the layers"""
+    """
+    :param x: input of stacked layers
+    :return: whether it is on a processor, and no compiler and no autocast chooses how to multiply
+    """
     return x.device.type == "cpu" and not is_traced() and not th.is_autocast_enabled("cpu")
 
 

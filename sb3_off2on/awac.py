@@ -105,7 +105,7 @@ class EnsembleGaussianActor(EnsembleActor):
         return Normal(mean_actions, th.exp(log_std))
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return super().forward(obs, deterministic).clamp(-1, 1)
+        return self.unsquashed_actions(obs, deterministic).clamp(-1, 1)
 
 
 class AWACPolicy(EnsembleCQLPolicy):

@@ -7,9 +7,10 @@ names, which is what lets an agent trained with ``SAC`` become a member.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
-from stable_baselines3.common.policies import BaseModel, ContinuousCritic
+from stable_baselines3.common.policies import BaseModel, BasePolicy, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
+from sb3_off2on.faults import NumericalFault
 from sb3_off2on.stacking import EnsembleLinear, EnsembleModule, EnsembleSequential, stack_modules
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
@@ -79,15 +81,34 @@ def moment_matching(mean_actions: th.Tensor, log_std: th.Tensor) -> tuple[th.Ten
 
 
 class SquashedGaussian(SquashedDiagGaussianDistribution):
-    """SB3's, but an accelerator is not waited for to check the parameters, which PyTorch does each time one is built."""
+    """SB3's, without PyTorch's check of the parameters each time one is built: on an accelerator, it waits for them."""
 
     def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "SquashedGaussian":
-        validate_args = None if mean_actions.device.type == "cpu" else False
-        self.distribution = Normal(mean_actions, log_std.exp(), validate_args=validate_args)
+        self.distribution = Normal(mean_actions, log_std.exp(), validate_args=False)
         return self
 
 
-class EnsembleActor(Actor):
+class NaNFreePolicy(BasePolicy):
+    """Mixin of the policy and of its actor."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        :param args: those of SB3's ``predict()``
+        :param kwargs: those of SB3's ``predict()``
+        :return: actions, and the state that was given
+        :raises NumericalFault: if an action is NaN
+        """
+        with th.inference_mode():  # less to keep account of than without gradient: the actions are NumPy's in the end
+            actions, state = super().predict(*args, **kwargs)
+        if np.isnan(actions).any():
+            raise NumericalFault(
+                "An action is NaN: repair the observation if that holds NaN, else load the last checkpoint, as the networks' "
+                "parameters do"
+            )
+        return actions, state
+
+
+class EnsembleActor(NaNFreePolicy, Actor):
     """
     N of SB3's actors. Where SB3 asks for *the* action distribution it gets the moment-matched mixture (Eq. 5).
 
@@ -160,14 +181,20 @@ class EnsembleActor(Actor):
         mean_actions, log_std = moment_matching(*self.member_action_dist_params(obs))
         return mean_actions, log_std, {}
 
+    def unsquashed_actions(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: ``batch_size`` rows
+        :param deterministic: whether to take the means of the moment-matched Gaussians, or samples
+        :return: shape ``(batch_size, action_dim)``
+        """
+        if deterministic:  # which do not depend on the standard deviations
+            features = member_features(self, obs, self.ensemble_size, per_member=False)
+            return self.mu(self.latent_pi(features)).mean(dim=0)
+        mean_actions, log_std, _ = self.get_action_dist_params(obs)
+        return mean_actions + log_std.exp() * th.randn_like(mean_actions)
+
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if not deterministic:
-            return super().forward(obs)
-        features = member_features(self, obs, self.ensemble_size, per_member=False)
-        mean_actions = self.mu(self.latent_pi(features)).mean(dim=0)
-        # The mode of a Gaussian does not depend on its standard deviation: any will do
-        log_std = th.zeros_like(mean_actions)
-        return self.action_dist.actions_from_params(mean_actions, log_std, deterministic=True)  # type: ignore[call-arg]
+        return th.tanh(self.unsquashed_actions(obs, deterministic))
 
     def member_state(self, index: int) -> dict[str, th.Tensor]:
         """
@@ -295,7 +322,7 @@ class EnsembleCritic(BaseModel):
         return state
 
 
-class EnsembleCQLPolicy(SACPolicy):
+class EnsembleCQLPolicy(NaNFreePolicy, SACPolicy):
     """
     Policy with N actors and N x ``n_critics`` critics for both phases: N independent CQL agents offline, one agent online
     whose action distribution is the moment-matched mixture of the N (Eq. 5).

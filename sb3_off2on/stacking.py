@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, reduce
-from itertools import cycle
 from operator import itemgetter
+from typing import TypeGuard
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -55,7 +55,7 @@ class EnsembleLinear(EnsembleLayer):
         """
         if suits_stacked_mlp(x):
             return stacked_mlp(x, [self.weight], [self.bias])
-        return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
+        return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
 
 
 class EnsembleLayerNorm(EnsembleLayer):
@@ -78,22 +78,38 @@ class EnsembleLayerNorm(EnsembleLayer):
         return th.addcmul(self.bias.unsqueeze(1), normalized, self.weight.unsqueeze(1))
 
 
+def are_linear(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[EnsembleLinear]]:
+    """:return: whether all are ``EnsembleLinear``"""
+    return all(type(layer) is EnsembleLinear for layer in layers)
+
+
+def weights_and_biases(layers: Sequence[EnsembleLinear]) -> tuple[list[th.Tensor], list[th.Tensor]]:
+    """:return: those of each layer"""
+    return [layer.weight for layer in layers], [layer.bias for layer in layers]
+
+
 class EnsembleSequential(nn.Sequential):
     """N sequences of layers. Those of linear layers and ReLU are one ``stacked_mlp`` on a processor."""
 
-    @property
-    def is_mlp(self) -> bool:
-        """Whether linear layers and ReLU take turns."""
-        turns = cycle((EnsembleLinear, nn.ReLU))
-        return len(self) > 0 and all(type(layer) is kind for layer, kind in zip(self, turns, strict=False))
+    def mlp_layers(self, x: th.Tensor) -> Sequence[EnsembleLinear]:
+        """
+        :param x: input
+        :return: the linear layers if a ``stacked_mlp`` can have them, none otherwise
+        """
+        layers = list(self)
+        linear_layers, activations = layers[::2], layers[1::2]
+        if are_linear(linear_layers) and all(type(layer) is nn.ReLU for layer in activations) and suits_stacked_mlp(x):
+            return linear_layers
+        return []
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape ``(n_members, batch_size, in_features)``
         :return: shape ``(n_members, batch_size, out_features)``
         """
-        if suits_stacked_mlp(x) and self.is_mlp:
-            return stacked_mlp(x, *self.mlp_parameters(), relu_last=len(self) % 2 == 0)
+        linear_layers = self.mlp_layers(x)
+        if linear_layers:
+            return stacked_mlp(x, *weights_and_biases(linear_layers), relu_last=len(self) % 2 == 0)
         for layer in self:
             x = layer(x)
         return x
@@ -107,14 +123,13 @@ class EnsembleSequential(nn.Sequential):
         :return: the output of each head
         """
         # What is compiled stays on its own
-        suits = (
-            suits_stacked_mlp(x) and self._compiled_call_impl is None and all(type(head) is EnsembleLinear for head in heads)
-        )
-        if suits and self.is_mlp and len(self) % 2 == 0:
-            weights, biases = self.mlp_parameters()
-            head_weights, head_biases = ([getattr(head, name) for head in heads] for name in ("weight", "bias"))
-            outputs = stacked_mlp(x, [*weights, th.cat(head_weights, dim=1)], [*biases, th.cat(head_biases, dim=1)])
-            return outputs.split([bias.shape[1] for bias in head_biases], dim=2)
+        if len(self) % 2 == 0 and self._compiled_call_impl is None and are_linear(heads):
+            linear_layers = self.mlp_layers(x)
+            if linear_layers:
+                weights, biases = weights_and_biases(linear_layers)
+                head_weights, head_biases = weights_and_biases(heads)
+                outputs = stacked_mlp(x, [*weights, th.cat(head_weights, dim=1)], [*biases, th.cat(head_biases, dim=1)])
+                return outputs.split([bias.shape[1] for bias in head_biases], dim=2)
         latent = self(x)
         return [head(latent) for head in heads]
 
@@ -139,11 +154,6 @@ class EnsembleSequential(nn.Sequential):
                 of_part, weight = (tensor[index].expand(len(part), -1, -1) for tensor in (of_x, weights))
                 outputs.append(other_layers(th.baddbmm(of_part, part, weight).flatten(0, 1)))
         return th.cat(outputs).view(*partners.shape[:3], outputs[0].shape[1])
-
-    def mlp_parameters(self) -> tuple[list[th.Tensor], list[th.Tensor]]:
-        """:return: weights and biases of all linear layers"""
-        layers = [layer for layer in self if isinstance(layer, EnsembleLinear)]
-        return [layer.weight for layer in layers], [layer.bias for layer in layers]
 
 
 class EnsembleModule(nn.Module):

@@ -19,6 +19,7 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, CnnP
 from torch import nn
 
 from sb3_off2on import EnsembleCQLPolicy, Off2OnSAC, policies
+from sb3_off2on.faults import NumericalFault
 from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
 from sb3_off2on.policies import EnsembleCnnPolicy, EnsembleCritic, EnsembleMultiInputPolicy, moment_matching
 from sb3_off2on.stacking import frozen, stack_modules
@@ -184,6 +185,7 @@ def use_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[th.Tensor], None]:
 
     def use(noise: th.Tensor) -> None:
         monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda shape, dtype, device: noise.reshape(shape))
+        monkeypatch.setattr(th, "randn_like", lambda x: noise.reshape(x.shape))
 
     return use
 
@@ -523,15 +525,29 @@ class TestActing:
         assert ((actions >= ACTION_SPACE.low) & (actions <= ACTION_SPACE.high)).all()
 
     @pytest.mark.parametrize("deterministic", [True, False])
-    def test_no_action_of_parameters_that_are_nan(self, monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
-        """As with SB3's ``SAC``: a robot gets an error, and not the NaN."""
-        # th.compile() in another test turns these checks off, for the whole process
-        monkeypatch.setattr(th.distributions.Distribution, "_validate_args", True)
+    @pytest.mark.parametrize("what", ["observation", "parameters"])
+    def test_no_action_that_is_nan(self, what: str, deterministic: bool) -> None:
+        """A robot gets an error, as with SB3's ``SAC``, and not the NaN."""
         ensemble = make_ensemble()
-        with th.no_grad():
-            dict(ensemble.actor.named_parameters())["mu.bias"][0, 0] = th.nan
-        with pytest.raises(ValueError, match="Expected parameter loc"):
-            ensemble.predict(VECTOR_SPACE.sample(), deterministic=deterministic)
+        obs = np.stack([VECTOR_SPACE.sample() for _ in range(3)])
+        if what == "observation":
+            obs[1, 0] = np.nan
+        else:
+            with th.no_grad():
+                dict(ensemble.actor.named_parameters())["mu.bias"][0, 0] = th.nan
+        for policy in (ensemble, ensemble.actor):
+            with pytest.raises(NumericalFault, match=r"An action is NaN: repair the observation .* load the last checkpoint"):
+                policy.predict(obs, deterministic=deterministic)
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_actions_have_a_gradient(self, deterministic: bool) -> None:
+        """As SB3's: to the means always, and to the standard deviations if one was sampled."""
+        ensemble = make_ensemble()
+        ensemble.actor(observations("mlp", 4), deterministic=deterministic).sum().backward()
+        parameters = dict(ensemble.actor.named_parameters())
+        for name, has_grad in (("mu.bias", True), ("log_std.bias", not deterministic)):
+            grad = parameters[name].grad
+            assert (grad is not None and bool(grad.all())) == has_grad
 
     def test_actions_reach_the_bounds(self) -> None:
         ensemble = make_ensemble()

@@ -683,6 +683,17 @@ class TestDeployment:
         np.testing.assert_array_equal(actor.predict(observation, deterministic=True)[0], expected)
         assert_same(parameters_of(actor), parameters_of(model.actor))
 
+    @pytest.mark.filterwarnings("ignore")  # those of the exporter
+    def test_older_onnx_exporter(self, tmp_path: Path) -> None:
+        model = small_model(TinyEnv())
+        observation = model.observation_space.sample()
+        obs_tensor, _ = model.policy.obs_to_tensor(observation)
+        file = str(tmp_path / "actor.onnx")
+        th.onnx.export(model.actor, (obs_tensor, True), file, input_names=["observation"], dynamo=False)
+        (action,) = onnxruntime.InferenceSession(file).run(None, {"observation": observation[None]})
+        expected, _ = model.predict(observation, deterministic=True)
+        np.testing.assert_allclose(model.policy.unscale_action(action[0]), expected, atol=1e-5)
+
     # Seconds each: PyTorch's exporter. The page's own block is the test of MlpPolicy
     @pytest.mark.filterwarnings("ignore")  # those of the exporter
     @pytest.mark.parametrize(

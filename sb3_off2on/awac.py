@@ -102,10 +102,10 @@ class EnsembleGaussianActor(EnsembleActor):
         mean_actions, log_std = self.member_action_dist_params(obs, per_member)
         if not per_member:
             mean_actions, log_std = (x.unsqueeze(0) for x in moment_matching(mean_actions, log_std))
-        return Normal(mean_actions, th.exp(log_std))
+        return Normal(mean_actions, th.exp(log_std), validate_args=False)  # as ``SquashedGaussian``
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.unsquashed_actions(obs, deterministic).clamp(-1, 1)
+        return self._gaussian_actions(obs, deterministic).clamp(-1, 1)
 
 
 class AWACPolicy(EnsembleCQLPolicy):

@@ -93,9 +93,10 @@ class Guarded(OffPolicyAlgorithm):
         observations: Any = self._last_obs
         if self.on_fault == "skip":
             self._last_obs = map_arrays(lambda part: np.where(np.isfinite(part), part, 0).astype(part.dtype), observations)
-            actions = super()._sample_action(learning_starts, action_noise, n_envs)
-            self._last_obs = observations
-            return actions
+            try:
+                return super()._sample_action(learning_starts, action_noise, n_envs)
+            finally:
+                self._last_obs = observations
         try:
             check_step(observations=observations)
         except NumericalFault:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 
-from sb3_off2on.faults import NumericalFault
+from sb3_off2on.faults import NumericalFault, is_fine
 from sb3_off2on.stacking import EnsembleLinear, EnsembleModule, EnsembleSequential, stack_modules
 
 # On a CPU, hidden layers of this many rows (1 MB at 256 units) stay in the second-level cache
@@ -81,36 +81,48 @@ def moment_matching(mean_actions: th.Tensor, log_std: th.Tensor) -> tuple[th.Ten
 
 
 class SquashedGaussian(SquashedDiagGaussianDistribution):
-    """SB3's, without PyTorch's check of the parameters each time one is built: on an accelerator, it waits for them."""
+    """
+    SB3's, whose parameters PyTorch does not check: an accelerator would be waited for each time, and in training the error
+    would come before the one that names the cause.
+    """
 
     def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "SquashedGaussian":
         self.distribution = Normal(mean_actions, log_std.exp(), validate_args=False)
         return self
 
 
-class NaNFreePolicy(BasePolicy):
-    """Mixin of the policy and of its actor."""
+class CheckedPolicy(BasePolicy):
+    """Mixin of the policy and of its actor, whose ``predict()`` raises an error in place of an action that is NaN."""
 
-    def predict(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        :param args: those of SB3's ``predict()``
-        :param kwargs: those of SB3's ``predict()``
-        :return: actions, and the state that was given
+        :param observation: of one or of several environments
+        :param state: not used, as there are no recurrent networks
+        :param episode_start: not used
+        :param deterministic: whether to play the mode of the distribution in place of a sample
+        :return: actions, and ``state``
         :raises NumericalFault: if an action is NaN
         """
-        with th.inference_mode():  # less to keep account of than without gradient: the actions are NumPy's in the end
-            actions, state = super().predict(*args, **kwargs)
+        actions, state = super().predict(observation, state, episode_start, deterministic)
         if np.isnan(actions).any():
-            raise NumericalFault(
-                "An action is NaN: repair the observation if that holds NaN, else load the last checkpoint, as the networks' "
-                "parameters do"
-            )
+            bad = [name for name, parameter in self.named_parameters() if not is_fine(parameter)]
+            cause = "the observation holds NaN, infinity or values too large for the networks: repair it"
+            if bad:
+                cause = f"the parameter `{bad[0]}` is not finite: load the last checkpoint"
+            raise NumericalFault(f"An action is NaN, as {cause}")
         return actions, state
 
 
-class EnsembleActor(NaNFreePolicy, Actor):
+class EnsembleActor(CheckedPolicy, Actor):
     """
-    N of SB3's actors. Where SB3 asks for *the* action distribution it gets the moment-matched mixture (Eq. 5).
+    N of SB3's actors. Where SB3 asks for *the* action distribution it gets the moment-matched mixture (Eq. 5). ``forward``,
+    whose actions are played, draws from it without ``action_dist``.
 
     :param members: SB3 actors, alike but for their parameters; or how many new ones to build, as ``load()`` does
     :param actor_kwargs: what they were built with
@@ -142,7 +154,9 @@ class EnsembleActor(NaNFreePolicy, Actor):
         :param per_member: whether each member has rows of its own (those of member 0 first)
         :return: means and log standard deviations, each of shape ``(ensemble_size, batch_size, action_dim)``
         """
-        features = member_features(self, obs, self.ensemble_size, per_member)
+        return self._params_of_features(member_features(self, obs, self.ensemble_size, per_member))
+
+    def _params_of_features(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         mean_actions, log_std = self.latent_pi.with_heads(features, self.mu, self.log_std)  # type: ignore[arg-type]
         return mean_actions, th.clamp(log_std, LOG_STD_MIN, LOG_STD_MAX)
 
@@ -181,20 +195,22 @@ class EnsembleActor(NaNFreePolicy, Actor):
         mean_actions, log_std = moment_matching(*self.member_action_dist_params(obs))
         return mean_actions, log_std, {}
 
-    def unsquashed_actions(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+    def _gaussian_actions(self, obs: PyTorchObs, deterministic: bool) -> th.Tensor:
         """
         :param obs: ``batch_size`` rows
         :param deterministic: whether to take the means of the moment-matched Gaussians, or samples
         :return: shape ``(batch_size, action_dim)``
         """
-        if deterministic:  # which do not depend on the standard deviations
-            features = member_features(self, obs, self.ensemble_size, per_member=False)
-            return self.mu(self.latent_pi(features)).mean(dim=0)
-        mean_actions, log_std, _ = self.get_action_dist_params(obs)
-        return mean_actions + log_std.exp() * th.randn_like(mean_actions)
+        features = member_features(self, obs, self.ensemble_size, per_member=False)
+        # Not the features: what a user's extractor keeps of them must stay fit for a gradient
+        with th.inference_mode(not th.is_grad_enabled()):
+            if deterministic:  # the standard deviations are left out
+                return self.mu(self.latent_pi(features)).mean(dim=0)
+            mean_actions, log_std = moment_matching(*self._params_of_features(features))
+            return mean_actions + log_std.exp() * th.randn_like(mean_actions)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return th.tanh(self.unsquashed_actions(obs, deterministic))
+        return th.tanh(self._gaussian_actions(obs, deterministic))
 
     def member_state(self, index: int) -> dict[str, th.Tensor]:
         """
@@ -322,7 +338,7 @@ class EnsembleCritic(BaseModel):
         return state
 
 
-class EnsembleCQLPolicy(NaNFreePolicy, SACPolicy):
+class EnsembleCQLPolicy(CheckedPolicy, SACPolicy):
     """
     Policy with N actors and N x ``n_critics`` critics for both phases: N independent CQL agents offline, one agent online
     whose action distribution is the moment-matched mixture of the N (Eq. 5).

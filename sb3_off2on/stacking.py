@@ -55,7 +55,7 @@ class EnsembleLinear(EnsembleLayer):
         """
         if suits_stacked_mlp(x):
             return stacked_mlp(x, [self.weight], [self.bias])
-        return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+        return th.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))  # not .mT, for PyTorch's older ONNX exporter
 
 
 class EnsembleLayerNorm(EnsembleLayer):

@@ -177,6 +177,45 @@ class TestEnvironment:
         check_step(images=np.zeros((1, 2), np.uint8), rewards=[1, 2], flags=np.ones(1, bool))
 
 
+class TestActions:
+    """A robot gets an error, as with SB3's ``SAC``, and not the NaN."""
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    @pytest.mark.parametrize("cls", ALGORITHMS)
+    def test_parameters_are_named(self, cls: Any, deterministic: bool) -> None:
+        model = model_of(cls, TinyEnv())
+        name, parameter = next(model.policy.named_parameters())
+        parameter.data[0] = np.nan
+        with pytest.raises(NumericalFault, match=f"An action is NaN, as the parameter `{name}` is not finite: load the last"):
+            model.predict(np.zeros((2, 3), np.float32), deterministic=deterministic)
+
+    def test_actor_on_its_own(self) -> None:
+        model = small_model(TinyEnv())
+        name, parameter = next(model.actor.named_parameters())
+        parameter.data[0] = np.nan
+        with pytest.raises(NumericalFault, match=f"An action is NaN, as the parameter `{name}` is not finite: load the last"):
+            model.actor.predict(np.zeros((2, 3), np.float32))
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    @pytest.mark.parametrize("cls", ALGORITHMS)
+    def test_observation(self, cls: Any, deterministic: bool) -> None:
+        """Of one of several environments."""
+        observation = np.zeros((3, 3), np.float32)
+        observation[1, 0] = np.nan
+        with pytest.raises(NumericalFault, match=r"An action is NaN, as the observation holds NaN, infinity or .*: repair it"):
+            model_of(cls, TinyEnv()).predict(observation, deterministic=deterministic)
+
+    def test_skipping_keeps_the_observation(self) -> None:
+        """Zeros stand in for what is not finite to choose an action only, also if there is none."""
+        model = small_model(TinyEnv(), on_fault="skip")
+        model.learn(8)
+        model._last_obs = np.array([[1, np.nan, 2]], np.float32)
+        next(model.actor.parameters()).data[0] = np.nan
+        with pytest.raises(NumericalFault, match="An action is NaN"):
+            model._sample_action(learning_starts=0)
+        np.testing.assert_array_equal(model._last_obs, [[1, np.nan, 2]])
+
+
 class TestUpdates:
     @pytest.mark.parametrize("cls", ALGORITHMS)
     @pytest.mark.parametrize("name", ["rewards", "observations", "next_observations", "actions"])
@@ -261,10 +300,12 @@ class TestUpdates:
         model.fit_fqe(gradient_steps=1)
 
     @pytest.mark.parametrize("cls", ALGORITHMS)
-    def test_parameters_are_named(self, cls: Any) -> None:
+    @pytest.mark.parametrize("network", ["critic", "actor"])
+    def test_parameters_are_named(self, cls: Any, network: str) -> None:
         model = model_of(cls, dataset=make_dataset())
-        next(model.critic.parameters()).data[0] = np.nan
-        with pytest.raises(NumericalFault, match=r"the parameter `critic\..*` is not finite before the update: load the last"):
+        next(getattr(model, network).parameters()).data[0] = np.nan
+        message = rf"the parameter `{network}\..*` is not finite before the update: load the last"
+        with pytest.raises(NumericalFault, match=message):
             model.learn_offline(gradient_steps=1)
 
     @pytest.mark.parametrize("cls", ALGORITHMS)

@@ -14,12 +14,11 @@ from helpers import make_dataset, parameters_of, small_model
 from stable_baselines3 import SAC
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, CnnPolicy, MultiInputPolicy, SACPolicy
 from torch import nn
 
 from sb3_off2on import EnsembleCQLPolicy, Off2OnSAC, policies
-from sb3_off2on.faults import NumericalFault
 from sb3_off2on.images import CogCNN, FlatCombinedExtractor, StridedCNN
 from sb3_off2on.policies import EnsembleCnnPolicy, EnsembleCritic, EnsembleMultiInputPolicy, moment_matching
 from sb3_off2on.stacking import frozen, stack_modules
@@ -525,29 +524,41 @@ class TestActing:
         assert ((actions >= ACTION_SPACE.low) & (actions <= ACTION_SPACE.high)).all()
 
     @pytest.mark.parametrize("deterministic", [True, False])
-    @pytest.mark.parametrize("what", ["observation", "parameters"])
-    def test_no_action_that_is_nan(self, what: str, deterministic: bool) -> None:
-        """A robot gets an error, as with SB3's ``SAC``, and not the NaN."""
-        ensemble = make_ensemble()
-        obs = np.stack([VECTOR_SPACE.sample() for _ in range(3)])
-        if what == "observation":
-            obs[1, 0] = np.nan
-        else:
-            with th.no_grad():
-                dict(ensemble.actor.named_parameters())["mu.bias"][0, 0] = th.nan
-        for policy in (ensemble, ensemble.actor):
-            with pytest.raises(NumericalFault, match=r"An action is NaN: repair the observation .* load the last checkpoint"):
-                policy.predict(obs, deterministic=deterministic)
-
-    @pytest.mark.parametrize("deterministic", [True, False])
     def test_actions_have_a_gradient(self, deterministic: bool) -> None:
         """As SB3's: to the means always, and to the standard deviations if one was sampled."""
         ensemble = make_ensemble()
         ensemble.actor(observations("mlp", 4), deterministic=deterministic).sum().backward()
-        parameters = dict(ensemble.actor.named_parameters())
-        for name, has_grad in (("mu.bias", True), ("log_std.bias", not deterministic)):
-            grad = parameters[name].grad
-            assert (grad is not None and bool(grad.all())) == has_grad
+        grads = {name: parameter.grad for name, parameter in ensemble.actor.named_parameters()}
+        assert grads["mu.bias"] is not None
+        assert grads["mu.bias"].all()
+        assert (grads["log_std.bias"] is None) == deterministic
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_actions_without_gradient_are_fit_for_one(self, deterministic: bool) -> None:
+        """E.g. as what another policy learns to imitate."""
+        obs = observations("mlp", 4)
+        with th.no_grad():
+            actions = make_ensemble()(obs, deterministic)
+        student = nn.Linear(obs.shape[1], ACTION_DIM)
+        nn.functional.mse_loss(student(obs), actions).backward()
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_what_an_extractor_keeps_is_fit_for_a_gradient(self, deterministic: bool) -> None:
+        """E.g. a table that it makes when it first runs, here in a prediction."""
+
+        class Scaled(FlattenExtractor):
+            scale: th.Tensor | None = None
+
+            def forward(self, observations: th.Tensor) -> th.Tensor:
+                features = super().forward(observations)
+                if self.scale is None:
+                    self.scale = features.abs().mean()
+                return features * self.scale
+
+        ensemble = make_ensemble(features_extractor_class=Scaled)
+        ensemble.predict(VECTOR_SPACE.sample(), deterministic=deterministic)
+        features = observations("mlp", 4).requires_grad_()
+        ensemble.actor(features).sum().backward()
 
     def test_actions_reach_the_bounds(self) -> None:
         ensemble = make_ensemble()

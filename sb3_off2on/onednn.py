@@ -41,8 +41,9 @@ MIN_MULTIPLICATIONS = min_multiplications(describe_processor(), th.backends.cpu.
 
 
 def is_traced() -> bool:
-    """:return: whether PyTorch compiles or exports what runs, for which it chooses the products itself"""
-    return th.compiler.is_compiling() or th.jit.is_tracing()
+    """:return: whether PyTorch compiles, exports or transforms (``torch.func``) what runs, which takes its own products"""
+    # There is no public name for the last
+    return th.compiler.is_compiling() or th.jit.is_tracing() or th._C._are_functorch_transforms_active()
 
 
 def takes_onednn(x: th.Tensor, multiplications: int) -> bool:

@@ -533,6 +533,23 @@ class TestActing:
         assert grads["mu.bias"].all()
         assert (grads["log_std.bias"] is None) == deterministic
 
+    @pytest.mark.parametrize("transform", [th.func.jacrev, th.func.jacfwd, th.func.hessian])
+    def test_torch_func(self, transform: Callable[..., Any]) -> None:
+        """PyTorch's transforms, for each row, beside SB3's networks."""
+        members = [make_sb3_policy(seed=seed) for seed in range(N_MEMBERS)]
+        ensemble = ensemble_of(members, "mlp")
+
+        def action(row: th.Tensor) -> th.Tensor:
+            return ensemble.actor(row.unsqueeze(0), deterministic=True).squeeze(0)
+
+        def expected_action(row: th.Tensor) -> th.Tensor:
+            return th.stack([member.actor.mu(member.actor.latent_pi(row)) for member in members]).mean(dim=0).tanh()
+
+        obs = observations("mlp", 4)
+        expected = th.func.vmap(transform(expected_action))(obs)
+        th.testing.assert_close(th.func.vmap(transform(action))(obs), expected)
+        assert expected.any()
+
     @pytest.mark.parametrize("deterministic", [True, False])
     def test_actions_without_gradient_are_fit_for_one(self, deterministic: bool) -> None:
         """E.g. as what another policy learns to imitate."""

@@ -535,9 +535,9 @@ class TestActing:
 
     @pytest.mark.parametrize("transform", [th.func.jacrev, th.func.jacfwd, th.func.hessian])
     def test_torch_func(self, transform: Callable[..., Any]) -> None:
-        """PyTorch's transforms, for each row, beside SB3's networks."""
+        """PyTorch's transforms of actions and Q-values, for each row, beside SB3's networks."""
         members = [make_sb3_policy(seed=seed) for seed in range(N_MEMBERS)]
-        ensemble = ensemble_of(members, "mlp")
+        ensemble, obs, actions = ensemble_of(members, "mlp"), observations("mlp", 4), random_tensor(4, ACTION_DIM)
 
         def action(row: th.Tensor) -> th.Tensor:
             return ensemble.actor(row.unsqueeze(0), deterministic=True).squeeze(0)
@@ -545,10 +545,16 @@ class TestActing:
         def expected_action(row: th.Tensor) -> th.Tensor:
             return th.stack([member.actor.mu(member.actor.latent_pi(row)) for member in members]).mean(dim=0).tanh()
 
-        obs = observations("mlp", 4)
-        expected = th.func.vmap(transform(expected_action))(obs)
-        th.testing.assert_close(th.func.vmap(transform(action))(obs), expected)
-        assert expected.any()
+        def q_values(action: th.Tensor) -> th.Tensor:
+            return th.stack(ensemble.critic(obs[:1], action.unsqueeze(0))).tanh()
+
+        def expected_q_values(action: th.Tensor) -> th.Tensor:
+            return th.stack([q for member in members for q in member.critic(obs[:1], action.unsqueeze(0))]).tanh()
+
+        for function, oracle, rows in ((action, expected_action, obs), (q_values, expected_q_values, actions)):
+            expected = th.func.vmap(transform(oracle))(rows)
+            th.testing.assert_close(th.func.vmap(transform(function))(rows), expected)
+            assert expected.any()
 
     @pytest.mark.parametrize("deterministic", [True, False])
     def test_actions_without_gradient_are_fit_for_one(self, deterministic: bool) -> None:
